@@ -1,0 +1,3 @@
+//! Cache bookkeeping (integers) and, in `pool`, the tensors behind it.
+
+pub mod block;

@@ -1,0 +1,85 @@
+//! [`EngineConfig`]: the validated settings of an engine.
+
+use crate::error::{Error, Result};
+
+/// Tokens in one cache block.
+pub const BLOCK_SIZE: usize = 16;
+
+/// Precision of weights, arithmetic and cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DType {
+    /// The fastest form that keeps quality: dense f32 weights become bf16, others stay as stored;
+    /// products of bf16 grade; bf16 cache.
+    #[default]
+    Auto,
+    /// Weights as stored, exact f32 arithmetic everywhere, f32 cache.
+    Float32,
+    /// Dense weights become bf16; otherwise as `Auto`.
+    BFloat16,
+    /// Dense weights and the cache become f16; products in f32.
+    Float16,
+}
+
+impl DType {
+    /// Parses `auto`, `float32`, `bfloat16` or `float16`.
+    pub fn parse(name: &str) -> Result<Self> {
+        match name {
+            "auto" => Ok(Self::Auto),
+            "float32" => Ok(Self::Float32),
+            "bfloat16" => Ok(Self::BFloat16),
+            "float16" => Ok(Self::Float16),
+            other => Err(Error::invalid(format!(
+                "dtype must be one of auto, float32, bfloat16, float16; given: {other:?}"
+            ))),
+        }
+    }
+
+    /// The name that [`Self::parse`] reads.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Float32 => "float32",
+            Self::BFloat16 => "bfloat16",
+            Self::Float16 => "float16",
+        }
+    }
+}
+
+/// Limits that the scheduler and the cache work within.
+#[derive(Debug, Clone)]
+pub struct EngineConfig {
+    /// Longest sequence (prompt and output), in tokens.
+    pub max_model_len: usize,
+    /// Most sequences that run at once.
+    pub max_num_seqs: usize,
+    /// Most tokens computed in one step.
+    pub max_num_batched_tokens: usize,
+    /// Cache blocks of [`BLOCK_SIZE`] tokens.
+    pub num_blocks: usize,
+    /// Whether blocks stay findable after their request has ended.
+    pub enable_prefix_caching: bool,
+    /// Base of the per-request seeds of requests that bring none.
+    pub seed: u64,
+    /// Ids that end a sequence unless a request says `ignore_eos`.
+    pub eos_token_ids: Vec<u32>,
+    /// Ids of the model, for checks of prompts and parameters.
+    pub vocab_size: usize,
+}
+
+impl EngineConfig {
+    /// Checks that every limit is positive and that one sequence of full length fits the cache.
+    pub fn validate(&self) -> Result<()> {
+        for (name, value) in [
+            ("max_model_len", self.max_model_len),
+            ("max_num_seqs", self.max_num_seqs),
+            ("max_num_batched_tokens", self.max_num_batched_tokens),
+            ("kv_cache_tokens", self.num_blocks * BLOCK_SIZE),
+        ] {
+            if value == 0 {
+                return Err(Error::invalid(format!("{name} must be at least 1; given: 0")));
+            }
+        }
+        Ok(())
+    }
+}

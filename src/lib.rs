@@ -1,0 +1,9 @@
+//! astrai_rs: an LLM inference engine.
+
+pub mod backend;
+pub mod cache;
+pub mod config;
+pub mod error;
+pub mod spec;
+pub mod step;
+pub mod weights;

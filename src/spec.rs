@@ -1,0 +1,147 @@
+//! [`ModelSpec`]: the one description of a decoder, as plain data.
+//!
+//! Every family is a function from its own configuration to a `ModelSpec` (in `checkpoint/`); past
+//! that point nothing asks which family a model belongs to.
+
+/// All that varies between the decoders that the crate can run.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelSpec {
+    /// Rows of the embedding and of the language-model head.
+    pub vocab_size: usize,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Number of decoder layers.
+    pub num_layers: usize,
+    /// Longest sequence that the checkpoint was made for, in tokens.
+    pub max_positions: usize,
+    /// Epsilon of every RMSNorm.
+    pub norm_eps: f32,
+    /// Rotary position embedding.
+    pub rope: RopeSpec,
+    /// Attention of every layer.
+    pub attention: AttentionSpec,
+    /// Feed-forward network of every layer.
+    pub mlp: MlpSpec,
+    /// The language-model head uses the embedding matrix.
+    pub tie_embeddings: bool,
+}
+
+/// Attention heads and what surrounds them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AttentionSpec {
+    /// Query heads.
+    pub num_heads: usize,
+    /// Key/value heads; divides `num_heads`. Query head `h` reads key/value head `h / (num_heads / num_kv_heads)`.
+    pub num_kv_heads: usize,
+    /// Width of one head; even.
+    pub head_dim: usize,
+    /// The query, key and value projections have a bias.
+    pub qkv_bias: bool,
+    /// The output projection has a bias.
+    pub out_bias: bool,
+    /// Where RMSNorm over each query and key head is applied, if at all.
+    pub qk_norm: QkNorm,
+    /// The attention output is multiplied by `sigmoid(gate(x))` before the output projection (AstrAI).
+    pub output_gate: bool,
+    /// Per layer: how many of the latest keys a query sees (itself included); `None` for all.
+    pub windows: Vec<Option<usize>>,
+    /// Factor on the query-key products, usually `1 / sqrt(head_dim)`.
+    pub scale: f32,
+}
+
+/// Where the per-head RMSNorm of queries and keys stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QkNorm {
+    /// There is none.
+    None,
+    /// Before the rotation (Qwen 3).
+    BeforeRope,
+    /// After the rotation (AstrAI).
+    AfterRope,
+}
+
+/// Feed-forward network: `down(activation(gate(x)) * up(x))`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct MlpSpec {
+    /// Width between the projections.
+    pub intermediate_size: usize,
+    /// Function on the gate.
+    pub activation: Activation,
+    /// The three projections have a bias.
+    pub bias: bool,
+}
+
+/// Activation function of the feed-forward network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// `x * sigmoid(x)`.
+    Silu,
+}
+
+/// Rotary position embedding ("RoFormer", arXiv 2104.09864).
+#[derive(Debug, Clone, PartialEq)]
+pub struct RopeSpec {
+    /// Base of the geometric series of wavelengths.
+    pub theta: f64,
+    /// Which two lanes of a head rotate together.
+    pub pairing: RopePairing,
+    /// How the frequencies are stretched for long contexts.
+    pub scaling: RopeScaling,
+}
+
+/// Which lanes of a head form a rotated pair.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RopePairing {
+    /// Lanes `i` and `i + dim/2` (Hugging Face's "rotate half").
+    HalfSplit,
+    /// Lanes `2i` and `2i + 1` (AstrAI, GGUF `llama`).
+    Adjacent,
+}
+
+/// Stretching of the rotary frequencies; names and formulas follow transformers' `rope_type`.
+#[derive(Debug, Clone, PartialEq)]
+pub enum RopeScaling {
+    /// The plain series.
+    None,
+    /// All positions divided by `factor`.
+    Linear {
+        /// Divisor of the positions.
+        factor: f64,
+    },
+    /// `theta * factor^(dim / (dim - 2))` (AstrAI's `ntk`).
+    Ntk {
+        /// How much longer the context becomes.
+        factor: f64,
+    },
+    /// Per-frequency interpolation of Llama 3.1.
+    Llama3 {
+        /// Divisor of the low frequencies.
+        factor: f64,
+        /// Wavelengths above `original_max_positions / low_freq_factor` are divided in full.
+        low_freq_factor: f64,
+        /// Wavelengths below `original_max_positions / high_freq_factor` are left alone.
+        high_freq_factor: f64,
+        /// Context of the pre-training, in tokens.
+        original_max_positions: usize,
+    },
+    /// YaRN (arXiv 2309.00071).
+    Yarn {
+        /// How much longer the context becomes.
+        factor: f64,
+        /// Context of the pre-training, in tokens.
+        original_max_positions: usize,
+        /// Rotations below which a frequency is extrapolated (32 by default).
+        beta_fast: f64,
+        /// Rotations above which a frequency is interpolated (1 by default).
+        beta_slow: f64,
+        /// Factor on cosine and sine.
+        attention_factor: f64,
+        /// Round the correction range to whole dimensions (transformers' `truncate`).
+        truncate: bool,
+    },
+    /// One divisor per frequency, as GGUF's `rope_freqs.weight` stores them.
+    PerFrequency {
+        /// `head_dim / 2` divisors.
+        factors: Vec<f32>,
+    },
+}

@@ -1,0 +1,63 @@
+//! What policy hands to tensors: a [`Step`] of packed [`Chunk`]s in, [`Logits`] out.
+
+use crate::cache::block::BlockId;
+use crate::error::Result;
+
+/// Which rows of a chunk need logits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogitRows {
+    /// None: a prefill chunk that does not reach the end of the prompt.
+    None,
+    /// The last row: the next token is sampled from it.
+    Last,
+    /// Every row, for prompt log-probabilities.
+    All,
+}
+
+/// A run of consecutive tokens of one sequence: a prefill chunk, or a single decode row.
+#[derive(Debug, Clone, Copy)]
+pub struct Chunk<'a> {
+    /// The tokens to compute.
+    pub tokens: &'a [u32],
+    /// Position of the first of them; everything before it is in the cache.
+    pub start: usize,
+    /// Blocks of the sequence, in order; they cover positions `0..start + tokens.len()`.
+    pub blocks: &'a [BlockId],
+    /// Which rows need logits.
+    pub logits: LogitRows,
+}
+
+/// The work of one forward pass.
+#[derive(Debug, Default)]
+pub struct Step<'a> {
+    /// Chunks of different sequences, in any mixture of prefill and decode.
+    pub chunks: Vec<Chunk<'a>>,
+}
+
+/// Raw logits, one row per asked-for token, in the order of the chunks.
+#[derive(Debug, Default)]
+pub struct Logits {
+    /// `[rows, vocab_size]`, row-major.
+    pub values: Vec<f32>,
+    /// Width of a row.
+    pub vocab_size: usize,
+}
+
+impl Logits {
+    /// Row `index`.
+    ///
+    /// # Panics
+    /// When there is no such row.
+    #[must_use]
+    pub fn row(&self, index: usize) -> &[f32] {
+        &self.values[index * self.vocab_size..(index + 1) * self.vocab_size]
+    }
+}
+
+/// The one door between policy and tensors. The runner implements it with a model; tests with a fake.
+pub trait Forward {
+    /// Computes the chunks, writes their keys and values into the cache, and returns the logits.
+    ///
+    /// The arithmetic of a row does not depend on the other chunks or on how a prompt is cut.
+    fn forward(&mut self, step: &Step<'_>) -> Result<Logits>;
+}
