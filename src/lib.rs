@@ -2,8 +2,12 @@
 
 pub mod backend;
 pub mod cache;
+pub mod checkpoint;
 pub mod config;
+pub mod decoder;
 pub mod error;
+pub mod layers;
+pub mod runner;
 pub mod spec;
 pub mod step;
 pub mod weights;

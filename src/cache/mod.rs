@@ -1,3 +1,4 @@
 //! Cache bookkeeping (integers) and, in `pool`, the tensors behind it.
 
 pub mod block;
+pub mod pool;

@@ -1,0 +1,10 @@
+//! stub
+use crate::{spec::ModelSpec, weights::Weights};
+/// stub
+#[derive(Debug)]
+pub struct Checkpoint {
+    /// stub
+    pub spec: ModelSpec,
+    /// stub
+    pub weights: Weights,
+}
