@@ -1,0 +1,56 @@
+# astrai_rs: every task of the project. Needs Rust, CPython 3.11+ and a C compiler; sets up the rest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CARGO_TEST := $(shell cargo nextest --version >/dev/null 2>&1 && echo nextest run || echo test)
+PROMPT ?= What is the capital of France?
+
+.DEFAULT_GOAL := help
+.PHONY: help run test test-rust test-python lint fmt bench wheel develop clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet maturin --group test
+	touch $@
+
+develop: $(VENV)/.ready ## Build the extension (release) and install the package with its extras in .venv
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/maturin develop --release --extras demo,cli
+
+run: develop ## Build, install and let the embedded model answer PROMPT="…"
+	$(BIN)/astrai-rs run "$(PROMPT)"
+
+test: test-rust test-python ## Run all tests
+
+test-rust: ## Rust unit and integration tests
+	cargo $(CARGO_TEST)
+
+test-python: develop ## Python tests against the release extension
+	$(BIN)/python -m pytest -q tests/python
+
+lint: develop ## Formatters, linters and type checkers; warnings are errors
+	cargo fmt --check
+	cargo clippy --all-targets -- -D warnings
+	cargo clippy --features python -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --quiet
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest astrai_rs._core
+
+fmt: $(VENV)/.ready ## Format all code
+	cargo fmt
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: ## Kernel, decoder and scheduler benches
+	cargo bench
+
+wheel: $(VENV)/.ready ## Build the release wheel into dist/
+	$(BIN)/maturin build --release --out dist
+
+clean: ## Remove what the other targets made
+	rm -rf $(VENV) dist target

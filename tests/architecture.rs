@@ -1,0 +1,154 @@
+//! The import rules of the crate docs: which module may name which.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Module (path under `src/`, a folder covers its files) → what it may import from this crate.
+/// The longest matching prefix counts.
+const RULES: &[(&str, &[&str])] = &[
+    ("error.rs", &[]),
+    ("spec.rs", &[]),
+    ("config.rs", &["error"]),
+    ("weights.rs", &["error"]),
+    ("step.rs", &["error", "cache::block"]),
+    ("sampler", &["error", "config", "sampler"]),
+    ("sequence.rs", &["error", "config", "cache", "sampler", "step", "sequence"]),
+    ("scheduler", &["error", "config", "cache", "sampler", "sequence", "step", "scheduler"]),
+    ("cache/block.rs", &["config"]),
+    ("cache/prefix.rs", &["config", "cache::block"]),
+    ("cache/mod.rs", &["error", "config", "cache"]),
+    ("cache/pool.rs", &["error", "config", "backend"]),
+    ("engine", &["error", "config", "cache", "engine", "sampler", "scheduler", "sequence", "step"]),
+    ("backend", &["error", "config", "spec", "weights", "cache::block", "backend"]),
+    ("layers", &["error", "spec", "weights", "backend", "layers"]),
+    ("decoder.rs", &["error", "spec", "weights", "backend", "layers", "cache::pool"]),
+    ("checkpoint", &["error", "spec", "weights", "checkpoint"]),
+    (
+        "runner.rs",
+        &["error", "config", "spec", "step", "backend", "cache::pool", "decoder", "checkpoint"],
+    ),
+    ("py", &["error", "config", "engine", "sampler", "runner", "backend", "checkpoint", "py"]),
+];
+
+/// Policy: integers and numbers only.
+const NO_CANDLE: &[&str] = &[
+    "scheduler",
+    "step.rs",
+    "sequence.rs",
+    "sampler",
+    "config.rs",
+    "engine",
+    "cache/block.rs",
+    "cache/prefix.rs",
+    "cache/mod.rs",
+    "spec.rs",
+    "weights.rs",
+];
+
+fn sources() -> Vec<(String, String)> {
+    fn walk(folder: &Path, files: &mut Vec<PathBuf>) {
+        for entry in fs::read_dir(folder).expect("readable") {
+            let path = entry.expect("readable").path();
+            if path.is_dir() { walk(&path, files) } else { files.push(path) }
+        }
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut files = Vec::new();
+    walk(&root, &mut files);
+    files
+        .into_iter()
+        .filter(|path| path.extension().is_some_and(|ext| ext == "rs"))
+        .map(|path| {
+            let name =
+                path.strip_prefix(&root).expect("under src").to_string_lossy().replace('\\', "/");
+            (name, fs::read_to_string(&path).expect("readable"))
+        })
+        .collect()
+}
+
+fn code_lines(text: &str) -> impl Iterator<Item = &str> {
+    text.lines().filter(|line| !line.trim_start().starts_with("//"))
+}
+
+#[test]
+fn modules_import_only_what_the_map_allows() {
+    let mut faults = Vec::new();
+    for (file, text) in sources() {
+        if file == "lib.rs" {
+            continue;
+        }
+        let rule = RULES
+            .iter()
+            .filter(|(prefix, _)| file.starts_with(prefix))
+            .max_by_key(|(p, _)| p.len());
+        let Some((_, allowed)) = rule else {
+            faults.push(format!("src/{file} is in no rule of tests/architecture.rs"));
+            continue;
+        };
+        let stem = file.trim_end_matches(".rs").trim_end_matches("/mod").replace('/', "::");
+        for line in code_lines(&text) {
+            for (at, _) in line.match_indices("crate::") {
+                let path = &line[at + "crate::".len()..];
+                let ok = path.starts_with(&stem)
+                    || allowed.iter().any(|module| {
+                        path.strip_prefix(module)
+                            .is_some_and(|rest| !rest.starts_with(char::is_alphanumeric))
+                    });
+                if !ok {
+                    faults.push(format!("src/{file} may not import crate::{path}"));
+                }
+            }
+        }
+    }
+    assert!(faults.is_empty(), "{}", faults.join("\n"));
+}
+
+#[test]
+fn policy_never_touches_a_tensor() {
+    for (file, text) in sources() {
+        if NO_CANDLE.iter().any(|prefix| file.starts_with(prefix)) {
+            assert!(
+                !code_lines(&text).any(|line| line.contains("candle_core")),
+                "src/{file} names candle"
+            );
+        }
+    }
+}
+
+#[test]
+fn only_the_binding_names_pyo3() {
+    for (file, text) in sources() {
+        if !file.starts_with("py") {
+            assert!(!code_lines(&text).any(|line| line.contains("pyo3")), "src/{file} names pyo3");
+        }
+    }
+}
+
+#[test]
+fn only_checkpoint_reads_files() {
+    for (file, text) in sources() {
+        if !file.starts_with("checkpoint") {
+            let reads = ["std::fs", "File::open", "memmap2"];
+            let found = code_lines(&text).find(|line| reads.iter().any(|name| line.contains(name)));
+            assert!(found.is_none(), "src/{file} reads files: {found:?}");
+        }
+    }
+}
+
+#[test]
+fn unsafe_lives_only_in_kernels_and_the_mmap() {
+    for (file, text) in sources() {
+        if !file.starts_with("backend/cpu") && !file.starts_with("checkpoint/mmap") {
+            let found = code_lines(&text).find(|line| line.contains("allow(unsafe_code)"));
+            assert!(found.is_none(), "src/{file} allows unsafe");
+        }
+    }
+}
+
+#[test]
+fn no_file_outgrows_its_noun() {
+    for (file, text) in sources() {
+        let lines = text.lines().count();
+        assert!(lines <= 520, "src/{file} has {lines} lines; split it");
+    }
+}
