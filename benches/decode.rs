@@ -1,0 +1,165 @@
+//! Whole-model bench: prefill and decode of a model of SmolLM2-135M's shape, through the runner.
+//!
+//! `cargo bench --bench decode` measures random Q4_1 weights; `-- FILE` measures a checkpoint.
+//! Prints tokens per second (median of 5) and ends with one JSON line.
+
+#![allow(clippy::print_stdout, reason = "a bench reports to the terminal")]
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use astrai_rs::backend::Backend;
+use astrai_rs::cache::block::BlockId;
+use astrai_rs::checkpoint::{self, Checkpoint};
+use astrai_rs::config::{BLOCK_SIZE, DType};
+use astrai_rs::runner::{CapacityRequest, Runner};
+use astrai_rs::spec::{
+    Activation, AttentionSpec, MlpSpec, ModelSpec, QkNorm, RopePairing, RopeScaling, RopeSpec,
+};
+use astrai_rs::step::{Chunk, Forward, LogitRows, Step};
+use astrai_rs::weights::{Bytes, Encoding, StoredTensor, Weights};
+
+const CONTEXT: usize = 640;
+const BLOCKS: usize = CONTEXT / BLOCK_SIZE;
+
+fn smollm2_spec() -> ModelSpec {
+    let num_layers = 30;
+    ModelSpec {
+        vocab_size: 49_152,
+        hidden_size: 576,
+        num_layers,
+        max_positions: 2048,
+        norm_eps: 1e-5,
+        rope: RopeSpec {
+            theta: 100_000.0,
+            pairing: RopePairing::Adjacent,
+            scaling: RopeScaling::None,
+        },
+        attention: AttentionSpec {
+            num_heads: 9,
+            num_kv_heads: 3,
+            head_dim: 64,
+            qkv_bias: false,
+            out_bias: false,
+            qk_norm: QkNorm::None,
+            output_gate: false,
+            windows: vec![None; num_layers],
+            scale: 0.125,
+        },
+        mlp: MlpSpec { intermediate_size: 1536, activation: Activation::Silu, bias: false },
+        tie_embeddings: true,
+    }
+}
+
+/// Pseudo-random bits with small f16 scales, so that activations stay finite.
+fn random_tensor(name: &str, shape: &[usize], encoding: Encoding) -> StoredTensor {
+    let len: usize = shape.iter().product();
+    let mut data = vec![0u8; encoding.bytes_for(len).expect("whole blocks")];
+    let mut state = 0x9E37_79B9_7F4A_7C15u64 ^ name.len() as u64;
+    for byte in &mut data {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        *byte = (state >> 56) as u8;
+    }
+    match encoding {
+        Encoding::F32 => {
+            data.chunks_exact_mut(4).for_each(|x| x.copy_from_slice(&1f32.to_le_bytes()))
+        }
+        _ => data.chunks_exact_mut(encoding.block_bytes()).for_each(|block| block[1] = 0x10),
+    }
+    if encoding == Encoding::Q4_1 {
+        data.chunks_exact_mut(20).for_each(|block| block[3] = 0x90);
+    }
+    let range = 0..data.len();
+    let bytes = Bytes::new(Arc::new(data), range).expect("whole buffer");
+    StoredTensor::new(name, shape.to_vec(), encoding, bytes).expect("exact size")
+}
+
+fn random_checkpoint() -> Checkpoint {
+    let spec = smollm2_spec();
+    let mut weights = Weights::default();
+    let mut add = |name: String, shape: &[usize], encoding| {
+        let tensor = random_tensor(&name, shape, encoding);
+        weights.insert(name, tensor).expect("new name");
+    };
+    let (hidden, inner) = (spec.hidden_size, spec.mlp.intermediate_size);
+    add("embed.weight".into(), &[spec.vocab_size, hidden], Encoding::Q8_0);
+    add("norm.weight".into(), &[hidden], Encoding::F32);
+    for layer in 0..spec.num_layers {
+        for name in ["attn_norm", "mlp_norm"] {
+            add(format!("layers.{layer}.{name}.weight"), &[hidden], Encoding::F32);
+        }
+        let matrices = [
+            ("attn.q", hidden, hidden),
+            ("attn.k", 192, hidden),
+            ("attn.v", 192, hidden),
+            ("attn.o", hidden, hidden),
+            ("mlp.gate", inner, hidden),
+            ("mlp.up", inner, hidden),
+            ("mlp.down", hidden, inner),
+        ];
+        for (name, rows, cols) in matrices {
+            add(format!("layers.{layer}.{name}.weight"), &[rows, cols], Encoding::Q4_1);
+        }
+    }
+    Checkpoint { spec, weights }
+}
+
+/// Seconds that one step over `count` sequences takes, tokens `start..start + len` each.
+fn seconds(runner: &mut Runner, count: usize, start: usize, len: usize) -> f64 {
+    let tokens: Vec<u32> = (0..len as u32).map(|id| id * 7 + 100).collect();
+    let tables: Vec<Vec<BlockId>> = (0..count)
+        .map(|row| (0..BLOCKS).map(|block| BlockId((row * BLOCKS + block) as u32)).collect())
+        .collect();
+    let chunks = tables.iter().map(|table| Chunk {
+        tokens: &tokens,
+        start,
+        blocks: &table[..(start + len).div_ceil(BLOCK_SIZE)],
+        logits: LogitRows::Last,
+    });
+    let step = Step { chunks: chunks.collect() };
+    let begin = Instant::now();
+    runner.forward(&step).expect("forward");
+    begin.elapsed().as_secs_f64()
+}
+
+/// Median tokens per second of `count` sequences × `len` tokens.
+fn rate(runner: &mut Runner, count: usize, start: usize, len: usize) -> f64 {
+    let repeats = if len == 1 { 33 } else { 5 };
+    let mut times: Vec<f64> = (0..repeats).map(|_| seconds(runner, count, start, len)).collect();
+    times.sort_by(f64::total_cmp);
+    (count * len) as f64 / times[repeats / 2]
+}
+
+fn main() {
+    let file = std::env::args().skip(1).find(|argument| !argument.starts_with("--"));
+    let checkpoint = match &file {
+        Some(path) => checkpoint::load(Path::new(path)).expect("a checkpoint"),
+        None => random_checkpoint(),
+    };
+    let backend = Backend::cpu(None, DType::Auto).expect("cpu");
+    let (tier, threads) = (backend.tier(), backend.num_threads());
+    let begin = Instant::now();
+    let request = CapacityRequest {
+        kv_cache_tokens: Some(32 * CONTEXT),
+        max_num_seqs: 32,
+        ..Default::default()
+    };
+    let (mut runner, _) = Runner::load(checkpoint, backend, &request).expect("fits");
+    let load = begin.elapsed().as_secs_f64();
+    let name = file.as_deref().unwrap_or("random Q4_1 of SmolLM2-135M's shape");
+    println!("{name}: {tier}, {threads} threads, packed in {load:.3} s");
+    let mut figures = Vec::new();
+    for (label, count, start, len) in [
+        ("prefill 512", 1, 0, 512),
+        ("decode batch 1, context 64", 1, 64, 1),
+        ("decode batch 1, context 600", 1, 600, 1),
+        ("decode batch 8, context 128", 8, 128, 1),
+        ("decode batch 32, context 128", 32, 128, 1),
+    ] {
+        let rate = rate(&mut runner, count, start, len);
+        println!("{label:32} {rate:9.1} tok/s");
+        figures.push(format!("\"{label}\": {rate:.1}"));
+    }
+    println!("{{\"tier\": \"{tier}\", \"threads\": {threads}, {}}}", figures.join(", "));
+}
