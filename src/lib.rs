@@ -2,6 +2,7 @@
 
 pub mod backend;
 pub mod cache;
+pub mod checkpoint;
 pub mod config;
 pub mod error;
 pub mod spec;
