@@ -3,6 +3,8 @@
 //! Every family is a function from its own configuration to a `ModelSpec` (in `checkpoint/`); past
 //! that point nothing asks which family a model belongs to.
 
+use crate::error::{Error, Result};
+
 /// All that varies between the decoders that the crate can run.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelSpec {
@@ -26,6 +28,40 @@ pub struct ModelSpec {
     pub tie_embeddings: bool,
 }
 
+/// More layers than any decoder has; a larger count is a corrupt file.
+pub const MAX_LAYERS: usize = 10_000;
+
+impl ModelSpec {
+    /// Checks what the parts must satisfy together; the forward pass relies on it.
+    pub fn validate(&self) -> Result<()> {
+        let ensure = |holds: bool, message: &dyn Fn() -> String| {
+            if holds { Ok(()) } else { Err(Error::checkpoint(message())) }
+        };
+        let AttentionSpec { num_heads, num_kv_heads, head_dim, .. } = self.attention;
+        ensure((1..=MAX_LAYERS).contains(&self.num_layers), &|| {
+            format!("{} layers; 1 to {MAX_LAYERS} are possible", self.num_layers)
+        })?;
+        ensure(self.attention.windows.len() == self.num_layers, &|| {
+            format!("{} windows for {} layers", self.attention.windows.len(), self.num_layers)
+        })?;
+        ensure(
+            num_kv_heads > 0 && num_heads > 0 && num_heads.is_multiple_of(num_kv_heads),
+            &|| {
+                format!(
+                    "{num_heads} query heads are not a multiple of {num_kv_heads} key/value heads"
+                )
+            },
+        )?;
+        ensure(head_dim > 0 && head_dim.is_multiple_of(2), &|| {
+            format!("heads of width {head_dim} cannot be rotated; the width must be even")
+        })?;
+        ensure(self.norm_eps.is_finite() && self.norm_eps > 0.0, &|| {
+            format!("norm epsilon {} must be a positive number", self.norm_eps)
+        })?;
+        self.rope.validate(head_dim)
+    }
+}
+
 /// Attention heads and what surrounds them.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AttentionSpec {
@@ -47,6 +83,29 @@ pub struct AttentionSpec {
     pub windows: Vec<Option<usize>>,
     /// Factor on the query-key products, usually `1 / sqrt(head_dim)`.
     pub scale: f32,
+}
+
+impl AttentionSpec {
+    /// Heads of these sizes and nothing else: no bias, norm, gate or window, scale `1 / sqrt(head_dim)`.
+    #[must_use]
+    pub fn plain(
+        num_heads: usize,
+        num_kv_heads: usize,
+        head_dim: usize,
+        num_layers: usize,
+    ) -> Self {
+        Self {
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            qkv_bias: false,
+            out_bias: false,
+            qk_norm: QkNorm::None,
+            output_gate: false,
+            windows: vec![None; num_layers],
+            scale: (1.0 / (head_dim as f64).sqrt()) as f32,
+        }
+    }
 }
 
 /// Where the per-head RMSNorm of queries and keys stands.
@@ -87,6 +146,48 @@ pub struct RopeSpec {
     pub pairing: RopePairing,
     /// How the frequencies are stretched for long contexts.
     pub scaling: RopeScaling,
+}
+
+impl RopeSpec {
+    fn validate(&self, head_dim: usize) -> Result<()> {
+        let positive = |what: &str, value: f64| {
+            if value.is_finite() && value > 0.0 {
+                return Ok(());
+            }
+            Err(Error::checkpoint(format!("rotary {what} {value} must be a positive number")))
+        };
+        positive("theta", self.theta)?;
+        match &self.scaling {
+            RopeScaling::None => Ok(()),
+            RopeScaling::Linear { factor } => positive("scaling factor", *factor),
+            RopeScaling::Ntk { factor } if head_dim > 2 => positive("scaling factor", *factor),
+            RopeScaling::Ntk { .. } => {
+                Err(Error::checkpoint("ntk scaling needs heads wider than 2".to_owned()))
+            }
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, .. } => {
+                positive("scaling factor", *factor)?;
+                positive("low_freq_factor", *low_freq_factor)?;
+                positive(
+                    "high_freq_factor above low_freq_factor by",
+                    high_freq_factor - low_freq_factor,
+                )
+            }
+            RopeScaling::Yarn { factor, beta_fast, beta_slow, attention_factor, .. } => {
+                positive("scaling factor", *factor)?;
+                positive("beta_fast", *beta_fast)?;
+                positive("beta_slow", *beta_slow)?;
+                positive("attention_factor", *attention_factor)
+            }
+            RopeScaling::PerFrequency { factors } if factors.len() == head_dim / 2 => {
+                factors.iter().try_for_each(|&factor| positive("frequency divisor", factor.into()))
+            }
+            RopeScaling::PerFrequency { factors } => Err(Error::checkpoint(format!(
+                "{} frequency divisors for heads of width {head_dim}; {} are needed",
+                factors.len(),
+                head_dim / 2
+            ))),
+        }
+    }
 }
 
 /// Which lanes of a head form a rotated pair.

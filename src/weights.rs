@@ -171,15 +171,34 @@ impl StoredTensor {
 #[derive(Debug, Default)]
 pub struct Weights {
     tensors: BTreeMap<String, StoredTensor>,
+    source: Option<String>,
 }
 
 impl Weights {
+    /// No tensors yet; errors will name `source`, the file or folder that they come from.
+    pub fn of(source: impl Into<String>) -> Self {
+        Self { tensors: BTreeMap::new(), source: Some(source.into()) }
+    }
+
+    /// The tensors that were not taken yet, by canonical name.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &StoredTensor)> {
+        self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor))
+    }
+
+    fn error(&self, message: impl Into<String>) -> Error {
+        let error = Error::checkpoint(message);
+        match &self.source {
+            Some(source) => error.context(source),
+            None => error,
+        }
+    }
+
     /// Adds `tensor` under the canonical `name`; a second tensor of that name is an error.
     pub fn insert(&mut self, name: impl Into<String>, tensor: StoredTensor) -> Result<()> {
         let name = name.into();
         match self.tensors.insert(name.clone(), tensor) {
             None => Ok(()),
-            Some(first) => Err(Error::checkpoint(format!(
+            Some(first) => Err(self.error(format!(
                 "two tensors stand for `{name}`: `{}` and `{}`",
                 first.name, self.tensors[&name].name
             ))),
@@ -194,11 +213,11 @@ impl Weights {
 
     /// Takes the tensor out; an error names it when it is missing or has another shape.
     pub fn take(&mut self, name: &str, shape: &[usize]) -> Result<StoredTensor> {
-        let tensor = self.tensors.remove(name).ok_or_else(|| {
-            Error::checkpoint(format!("tensor `{name}` of shape {shape:?} is missing"))
-        })?;
+        let Some(tensor) = self.tensors.remove(name) else {
+            return Err(self.error(format!("tensor `{name}` of shape {shape:?} is missing")));
+        };
         if tensor.shape != shape {
-            return Err(Error::checkpoint(format!(
+            return Err(self.error(format!(
                 "tensor `{}` has shape {:?}, expected {shape:?}",
                 tensor.name, tensor.shape
             )));
@@ -213,7 +232,7 @@ impl Weights {
         }
         let names: Vec<_> =
             self.tensors.values().take(10).map(|tensor| format!("`{}`", tensor.name)).collect();
-        Err(Error::checkpoint(format!(
+        Err(self.error(format!(
             "{} tensor(s) that this model has no place for: {}",
             self.tensors.len(),
             names.join(", ")

@@ -1,0 +1,27 @@
+//! The crate's one memory map.
+
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+
+use memmap2::Mmap;
+
+use crate::error::{Error, ErrorKind, Result, ResultExt};
+
+/// A whole file, mapped read-only and shared by the tensors that lie in it.
+pub(super) type Mapped = Arc<dyn AsRef<[u8]> + Send + Sync>;
+
+/// Maps `path`. **The file must not be changed or truncated while the model lives**: its weights
+/// would change under the engine, and reading beyond a new end kills the process (`SIGBUS`).
+/// Replacing a file by renaming another over it is fine.
+pub(super) fn map(path: &Path) -> Result<Mapped> {
+    let file = File::open(path).context(|| path.display())?;
+    if !file.metadata().context(|| path.display())?.is_file() {
+        return Err(Error::new(ErrorKind::Io, format!("{}: not a regular file", path.display())));
+    }
+    // SAFETY: the map is read-only and private to this process; that nobody changes the file
+    // meanwhile is the documented duty of whoever loads a model.
+    #[expect(unsafe_code, reason = "weights are read where they lie; see this function's contract")]
+    let map = unsafe { Mmap::map(&file) }.context(|| path.display())?;
+    Ok(Arc::new(map))
+}
