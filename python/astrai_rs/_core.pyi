@@ -1,0 +1,115 @@
+"""The Rust core: token ids, numbers, paths and errors. It knows nothing about text."""
+
+from collections.abc import Sequence
+from typing import Any, final
+
+__version__: str
+
+class CheckpointError(ValueError):
+    """A model file is missing something, holds too much, or is damaged. The message names it."""
+
+class EngineClosed(RuntimeError):
+    """The engine was closed before or while the call ran."""
+
+@final
+class Event:
+    """What one step produced for one sample of one request."""
+
+    @property
+    def request_id(self) -> int: ...
+    @property
+    def sample(self) -> int:
+        """Which of the request's `n` samples, from 0."""
+    @property
+    def token_ids(self) -> list[int]:
+        """The new tokens, in order; may be empty in the last event."""
+    @property
+    def logprobs(self) -> list[list[tuple[int, float, int]]] | None:
+        """Per new token `(id, logprob, rank)`: the sampled token first, then the top ones."""
+    @property
+    def prompt_logprobs(self) -> list[list[tuple[int, float, int]] | None] | None:
+        """Per prompt token as `logprobs`, None for the first; once, with the first event of sample 0."""
+    @property
+    def finish_reason(self) -> str | None:
+        """`stop`, `length`, `abort` or `error` in the sample's last event, else None."""
+    @property
+    def stop_reason(self) -> int | None:
+        """The stop token when it was one of `stop_token_ids`; None for an end-of-text token."""
+    @property
+    def error(self) -> tuple[str, str] | None:
+        """`(kind, message)` when finish_reason is `error`."""
+    @property
+    def metrics(self) -> dict[str, float | int] | None:
+        """With the last event: arrival_time, first_scheduled_time, first_token_time, finished_time (seconds
+        on one clock), num_cached_tokens, num_preemptions."""
+
+@final
+class Engine:
+    """A loaded model and the thread that runs it. Every method may be called from any thread."""
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 2048,
+        kv_cache_tokens: int | None = None,
+        enable_prefix_caching: bool = True,
+        num_threads: int | None = None,
+        seed: int | None = None,
+        eos_token_ids: Sequence[int] = (),
+    ) -> None: ...
+    def submit(
+        self,
+        prompt_token_ids: Sequence[int],
+        *,
+        n: int = 1,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        repetition_penalty: float = 1.0,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        seed: int | None = None,
+        stop_token_ids: Sequence[int] = (),
+        ignore_eos: bool = False,
+        max_tokens: int = 256,
+        min_tokens: int = 0,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        logit_bias: dict[int, float] | None = None,
+        allowed_token_ids: Sequence[int] | None = None,
+        bad_words: Sequence[Sequence[int]] = (),
+        frequency_window: int = 0,
+    ) -> int:
+        """Queue a request and return its id. ValueError for a value out of range or a prompt that never fits."""
+    def abort(self, request_id: int, sample: int | None = None) -> None:
+        """Stop a request, or one sample of it. Unknown and finished ids are ignored."""
+    def poll(self, timeout: float) -> list[Event]:
+        """Wait up to `timeout` seconds for events; empty when there were none. EngineClosed after close."""
+    def stats(self) -> dict[str, float | int]: ...
+    def clear_prefix_cache(self) -> None: ...
+    def close(self) -> None:
+        """Stop the engine thread; live requests get an error event. Idempotent."""
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def max_model_len(self) -> int: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def num_threads(self) -> int: ...
+    @property
+    def kv_cache_tokens(self) -> int: ...
+
+def gguf_metadata(path: str) -> dict[str, Any]:
+    """Every metadata key of a GGUF file, arrays as lists. Token strings that are not UTF-8 come as bytes."""
+
+def system_info() -> dict[str, Any]:
+    """`tier` (SIMD level), `num_threads`, `cuda` (usable GPU), `version`, …"""

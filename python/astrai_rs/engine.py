@@ -1,0 +1,428 @@
+"""`Engine`: text in, text out, over the Rust core."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, overload
+
+from astrai_rs import _core
+from astrai_rs.dispatch import Dispatcher
+from astrai_rs.model import resolve
+from astrai_rs.output import Request
+from astrai_rs.request import GenerationOutput, SamplingParams, check_ids, core_arguments
+from astrai_rs.stream import AsyncTokenStream, Prepared, RequestGroup, TokenStream
+from astrai_rs.tokenizer import AutoTokenizer
+
+Prompt = str | Sequence[int]
+"""Text, or token ids."""
+
+Progress = bool | Callable[[int, int], None]
+"""True prints to stderr; a function gets (finished prompts, all prompts)."""
+
+_LAST_EVENT_SECONDS = 0.25
+"""How long `generate` waits for the core's last event, which has the metrics, after a stop string ended a text."""
+
+
+class Engine:
+    """A model, ready to generate. Threads and asyncio tasks may share it; requests are batched as they come.
+
+    >>> with Engine("path/to/model") as engine:                                          # doctest: +SKIP
+    ...     print(engine.generate("Once upon a time", SamplingParams(max_tokens=16)).text)
+
+    Args:
+        model: a folder, a `.gguf` file, or a hub id (`owner/name`, `owner/name:Q4_K_M`).
+        tokenizer: None takes the model's own; else a path, an `AutoTokenizer`, or any object with `encode` and
+            `decode`, such as one of transformers. A model without tokenizer serves token ids only.
+        device: `auto`, `cpu` or `cuda`.
+        dtype: `auto` (the fastest form that keeps quality), `bfloat16`, or `float32` (exact everywhere).
+        max_model_len: the most tokens of prompt and output together; None takes the model's own.
+        max_num_seqs: the most sequences in one step.
+        max_num_batched_tokens: the most tokens in one step; longer prompts are computed in chunks.
+        kv_cache_tokens: size of the cache in tokens; None derives it from memory.
+        enable_prefix_caching: reuse the cache of equal beginnings of prompts.
+        num_threads: CPU threads; None takes the CPUs that the process may use.
+        seed: seeds requests that bring none.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        CheckpointError: a file is damaged or incomplete; the message names what.
+        NotImplementedError: a model or tokenizer of a kind that is not supported.
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        tokenizer: Any = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 2048,
+        kv_cache_tokens: int | None = None,
+        enable_prefix_caching: bool = True,
+        num_threads: int | None = None,
+        seed: int | None = None,
+    ) -> None:
+        path = resolve(model)
+        self.tokenizer: Any = _load_tokenizer(path, tokenizer)
+        """The `AutoTokenizer` (or the object given as `tokenizer`); None without one."""
+        self._codec = _codec(self.tokenizer)
+        self._core = _core.Engine(
+            str(path),
+            device=device,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            kv_cache_tokens=kv_cache_tokens,
+            enable_prefix_caching=enable_prefix_caching,
+            num_threads=num_threads,
+            seed=seed,
+            eos_token_ids=_stop_ids(self.tokenizer),
+        )
+        self._dispatcher = Dispatcher(self._core)
+        self._pid = os.getpid()
+        # Runs when the engine is dropped and at interpreter exit, whichever comes first.
+        self._finalizer = weakref.finalize(self, _close_in, self._pid, self._dispatcher)
+
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a str is also a sequence of str
+        self,
+        prompts: str | list[int],
+        sampling_params: SamplingParams | None = ...,
+        *,
+        progress: Progress = ...,
+    ) -> GenerationOutput: ...
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = ...,
+        *,
+        progress: Progress = ...,
+    ) -> list[GenerationOutput]: ...
+    def generate(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: Progress = False,
+    ) -> GenerationOutput | list[GenerationOutput]:
+        """Generate for one prompt, or for a list of prompts in their order.
+
+        An exception, Ctrl-C included, aborts every request of the call.
+
+        Args:
+            prompts: a text, a list of token ids, or a list of texts and lists of ids.
+            sampling_params: one for all, or one per prompt.
+            progress: True shows a counter on stderr; a function is called with (finished, all).
+
+        Raises:
+            TypeError, ValueError: a prompt or parameter is not usable; nothing was generated.
+            EngineClosed: the engine was closed.
+            MemoryError, RuntimeError: the step failed.
+        """
+        single, items = _as_list(prompts)
+        outputs = self._generate(items, _one_each(sampling_params, len(items)), progress)
+        return outputs[0] if single else outputs
+
+    def chat(
+        self,
+        messages: Sequence[Any],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        progress: Progress = False,
+    ) -> Any:
+        """Answer a conversation (a list of messages), or each of a list of conversations.
+
+        Args:
+            messages: dicts with `role` and `content`.
+            tools: JSON schemas of functions that the model may call.
+            chat_template: Jinja text instead of the model's template.
+            continue_final_message: go on with the last message instead of starting an answer.
+            chat_template_kwargs: variables for the template, such as `enable_thinking`.
+
+        Returns:
+            A `GenerationOutput`, or a list of them. Errors as `generate`; ValueError without a chat template.
+        """
+        self._check_process()
+        if not hasattr(self.tokenizer, "apply_chat_template"):
+            raise ValueError("chat needs a tokenizer with a chat template; this engine has none")
+        single = not (messages and isinstance(messages[0], (list, tuple)))
+        ids = self.tokenizer.apply_chat_template(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt and not continue_final_message,
+            tokenize=True,
+            **({"chat_template": chat_template} if chat_template is not None else {}),
+            **({"continue_final_message": True} if continue_final_message else {}),
+            **(chat_template_kwargs or {}),
+        )
+        prompts = [ids] if single else ids
+        outputs = self._generate(prompts, _one_each(sampling_params, len(prompts)), progress)
+        return outputs[0] if single else outputs
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> TokenStream:
+        """Pieces as they are generated. The request starts now; dropping or closing the stream aborts it."""
+        request, arguments = self._request(prompt, _params(sampling_params))
+        return TokenStream(self._dispatcher, request, arguments)
+
+    def astream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> AsyncTokenStream:
+        """`stream` for asyncio; call it where a loop runs. The request starts now."""
+        sink = self._dispatcher.loop_sink(asyncio.get_running_loop())
+        request, arguments = self._request(prompt, _params(sampling_params))
+        return AsyncTokenStream(self._dispatcher, sink, request, arguments)
+
+    def stats(self) -> dict[str, float | int]:
+        """Counters and gauges: num_requests_running, num_requests_waiting, kv_blocks_used, kv_blocks_total,
+        kv_blocks_cached, prefix_cache_queries, prefix_cache_hits, preemptions, prompt_tokens_total,
+        generation_tokens_total, uptime_s, steps."""
+        self._check_process()
+        return self._core.stats()
+
+    def clear_prefix_cache(self) -> None:
+        """Forget every cached beginning of a prompt."""
+        self._check_process()
+        self._core.clear_prefix_cache()
+
+    def close(self) -> None:
+        """Stop the engine and free the model. Live requests end with EngineClosed. Idempotent."""
+        self._check_process()
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "open" if self._finalizer.alive else "closed"
+        return f"<astrai_rs.Engine {self.device} {self.dtype} max_model_len={self.max_model_len} {state}>"
+
+    @property
+    def vocab_size(self) -> int:
+        return self._core.vocab_size
+
+    @property
+    def max_model_len(self) -> int:
+        """The most tokens of prompt and output together."""
+        return self._core.max_model_len
+
+    @property
+    def device(self) -> str:
+        return self._core.device
+
+    @property
+    def dtype(self) -> str:
+        return self._core.dtype
+
+    @property
+    def num_threads(self) -> int:
+        return self._core.num_threads
+
+    @property
+    def kv_cache_tokens(self) -> int:
+        return self._core.kv_cache_tokens
+
+    def _generate(
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], progress: Progress
+    ) -> list[GenerationOutput]:
+        pairs = zip(self._encoded(prompts), params, strict=True)
+        prepared = [self._request(prompt, one) for prompt, one in pairs]
+        for (request, _), prompt in zip(prepared, prompts, strict=True):
+            request.prompt = prompt if isinstance(prompt, str) else None
+        return self._finish(prepared, progress)
+
+    def _finish(self, prepared: Sequence[Prepared], progress: Progress = False) -> list[GenerationOutput]:
+        """Submit the requests together and wait for all of them."""
+        report, done = _reporter(progress), 0
+        group = RequestGroup(self._dispatcher, prepared)
+        for index, chunk in group:
+            if chunk.finish_reason is not None and prepared[index][0].finished:
+                done += 1
+                report(done, len(prepared))
+        group.settle(_LAST_EVENT_SECONDS)
+        return [request.output() for request, _ in prepared]
+
+    def _encoded(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Texts as ids, encoded as one batch where the tokenizer can."""
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        if len(texts) < 2 or not isinstance(self.tokenizer, AutoTokenizer):
+            return list(prompts)
+        encoded = iter(self.tokenizer.encode(texts))
+        return [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
+
+    def _request(self, prompt: Prompt, params: SamplingParams, **extra: Any) -> Prepared:
+        """A request and the arguments of its submit; `extra` are more of these, for AstrAI's surface."""
+        self._check_process()
+        ids = self._prompt_ids(prompt)
+        if params.stop and self._codec is None:
+            raise ValueError("stop strings need a tokenizer, and this model has none; use stop_token_ids")
+        arguments = core_arguments(params) | extra
+        if params.max_tokens is None:
+            arguments["max_tokens"] = max(1, self.max_model_len - len(ids))
+        if params.bad_words:
+            arguments["bad_words"] = self._bad_word_ids(params.bad_words)
+        text = prompt if isinstance(prompt, str) else None
+        return Request(text, ids, params, self._codec, self._dispatcher.stop_sample), arguments
+
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, str):
+            return check_ids("a prompt", prompt)
+        if self._codec is None:
+            raise ValueError("a text prompt needs a tokenizer, and this model has none; pass token ids")
+        return self._codec.encode(prompt)
+
+    def _bad_word_ids(self, words: Iterable[str]) -> list[list[int]]:
+        """Each word as it is tokenised at the start of text and after a space, where the two are alike in length."""
+        if self._codec is None:
+            raise ValueError("bad_words need a tokenizer, and this model has none")
+        found = []
+        for word in words:
+            bare = self._codec.encode_word(word.lstrip())
+            spaced = self._codec.encode_word(" " + word.lstrip())
+            found.append(bare)
+            if len(spaced) == len(bare) and spaced[0] != bare[0]:
+                found.append(spaced)
+        return found
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise RuntimeError(
+                "this Engine was made before a fork and its threads are not in this process; make an Engine in the "
+                "child, or use multiprocessing's 'spawn'"
+            )
+
+
+def _close_in(pid: int, dispatcher: Dispatcher) -> None:
+    if os.getpid() == pid:  # a forked child has the object but not the threads
+        dispatcher.close()
+
+
+def _load_tokenizer(path: Path, tokenizer: Any) -> Any:
+    """The tokenizer to use for a model at `path`; None if it has none."""
+    if isinstance(tokenizer, (str, Path)):
+        return AutoTokenizer.from_pretrained(tokenizer)
+    if tokenizer is not None:
+        for name in ("encode", "decode"):
+            if not callable(getattr(tokenizer, name, None)):
+                raise TypeError(
+                    f"tokenizer must have encode and decode; {type(tokenizer).__name__} has no {name}"
+                )
+        return tokenizer
+    if path.suffix == ".gguf":
+        return AutoTokenizer.from_gguf(path)
+    if (path / "tokenizer.json").exists() or (path / "tokenizer.model").exists():
+        return AutoTokenizer.from_pretrained(path)
+    return None
+
+
+def _stop_ids(tokenizer: Any) -> list[int]:
+    if isinstance(tokenizer, AutoTokenizer):
+        return tokenizer.stop_ids
+    ids = getattr(tokenizer, "eos_token_id", None)
+    if ids is None:
+        return []
+    return [ids] if isinstance(ids, int) else list(ids)
+
+
+class _Codec:
+    """Any tokenizer as the engine uses it."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._texts: dict[int, str] = {}
+
+    def encode(self, text: str) -> list[int]:
+        return self._ids(self._tokenizer.encode(text))
+
+    def encode_word(self, text: str) -> list[int]:
+        """Without a begin token. A tokenizer whose encode takes only the text is taken as it is."""
+        try:
+            return self._ids(self._tokenizer.encode(text, add_special_tokens=False))
+        except TypeError:
+            return self.encode(text)
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        try:
+            return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+        except TypeError:
+            return str(self._tokenizer.decode(ids))
+
+    def id_to_text(self, token_id: int) -> str:
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = self.decode([token_id], False)
+        return text
+
+    @staticmethod
+    def _ids(encoded: Any) -> list[int]:
+        return check_ids("the tokenizer's encode", getattr(encoded, "ids", encoded))
+
+
+def _codec(tokenizer: Any) -> _Codec | None:
+    return None if tokenizer is None else _Codec(tokenizer)
+
+
+def _as_list(prompts: Any) -> tuple[bool, list[Prompt]]:
+    """`(was it one prompt, the prompts)`."""
+    if isinstance(prompts, str):
+        return True, [prompts]
+    if isinstance(prompts, (bytes, Mapping)) or not hasattr(prompts, "__iter__"):
+        kind = type(prompts).__name__
+        raise TypeError(f"prompts must be a string, a list of token ids, or a list of these, not {kind}")
+    items = list(prompts)
+    single = bool(items) and all(hasattr(item, "__index__") for item in items)
+    return single, [items] if single else items
+
+
+def _one_each(params: Any, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [_params(params)] * count
+    if isinstance(params, (str, Mapping)) or not hasattr(params, "__iter__"):
+        raise TypeError(
+            f"sampling_params must be SamplingParams or a list of them, not {type(params).__name__}"
+        )
+    items = [_params(item) for item in params]
+    if len(items) != count:
+        raise ValueError(
+            f"sampling_params: {len(items)} given for {count} prompts; give one for all or one each"
+        )
+    return items
+
+
+def _params(params: Any) -> SamplingParams:
+    if params is None:
+        return SamplingParams()
+    if not isinstance(params, SamplingParams):
+        raise TypeError(f"sampling_params must be SamplingParams, not {type(params).__name__}")
+    return params
+
+
+def _reporter(progress: Progress) -> Callable[[int, int], None]:
+    if callable(progress):
+        return progress
+    if not progress:
+        return lambda done, total: None
+    start = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        end = "\n" if done == total else ""
+        sys.stderr.write(f"\r{done}/{total} prompts, {time.monotonic() - start:.1f} s{end}")
+        sys.stderr.flush()
+
+    return show

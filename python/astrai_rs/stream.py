@@ -1,0 +1,209 @@
+"""Streams of pieces, for threads and for asyncio. Dropping one aborts its request."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from astrai_rs._core import Event
+    from astrai_rs.dispatch import Delivery, Dispatcher, LoopSink
+    from astrai_rs.output import Request
+    from astrai_rs.request import GenerationChunk
+
+
+Prepared = tuple["Request", dict[str, Any]]
+"""A request and the arguments of its submit."""
+
+
+class RequestGroup:
+    """Requests submitted together: iterates over `(index of the request, piece)` as pieces come.
+
+    An exception while waiting, `close()`, and dropping the group abort what still runs.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, prepared: Sequence[Prepared]) -> None:
+        self._dispatcher = dispatcher
+        self._queue: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+        self._ready: deque[tuple[int, GenerationChunk]] = deque()
+        self._live: dict[int, tuple[int, Request]] = {}
+        """Requests whose events still come, by id."""
+        self._running = len(prepared)
+        try:
+            for index, (request, arguments) in enumerate(prepared):
+                request.id = dispatcher.submit(self._queue, request.prompt_token_ids, arguments)
+                self._live[request.id] = index, request
+        except BaseException:
+            self.close()
+            raise
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> tuple[int, GenerationChunk]:
+        try:
+            while not self._ready and self._running:
+                self._receive(self._queue.get())
+        except BaseException:
+            self.close()
+            raise
+        if not self._ready:
+            raise StopIteration
+        return self._ready.popleft()
+
+    def settle(self, seconds: float) -> None:
+        """Wait for the core's last events, which have the metrics, when stop strings ended requests before."""
+        while self._live:
+            try:
+                delivery = self._queue.get(timeout=seconds)
+            except queue.Empty:
+                break
+            if isinstance(delivery, BaseException):
+                break
+            self._receive(delivery)
+        self.close()
+
+    def close(self) -> None:
+        """Abort what still runs. Idempotent."""
+        self._running = 0
+        while self._live:
+            request_id, (_, request) = self._live.popitem()
+            if request.finished:
+                self._dispatcher.forget(request_id)
+            else:
+                self._dispatcher.abort(request_id)
+
+    def __del__(self) -> None:
+        if getattr(self, "_live", None):
+            self.close()
+
+    def _receive(self, delivery: Delivery) -> None:
+        if isinstance(delivery, BaseException):
+            raise type(delivery)(*delivery.args) from delivery
+        for event in delivery:
+            index, request = self._live[event.request_id]
+            chunk = request.feed(event)
+            if chunk is not None:
+                self._ready.append((index, chunk))
+                self._running -= request.finished
+            if request.settled:
+                del self._live[event.request_id]
+                self._dispatcher.forget(event.request_id)
+
+
+class TokenStream:
+    """Iterator over a request's pieces; the last of each sample has its finish_reason.
+
+    `close()`, leaving a `with` block, an exception while waiting, and dropping the stream all abort the request.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, request: Request, arguments: dict[str, Any]) -> None:
+        self._group = RequestGroup(dispatcher, [(request, arguments)])
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> GenerationChunk:
+        try:
+            return next(self._group)[1]
+        except StopIteration:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Abort the request if it still runs. Idempotent."""
+        self._group.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class AsyncTokenStream:
+    """`TokenStream` for asyncio: `async for piece in stream`. Cancelling the task that waits aborts the request.
+
+    Belongs to the loop that was running when it was made.
+    """
+
+    def __init__(
+        self, dispatcher: Dispatcher, sink: LoopSink, request: Request, arguments: dict[str, Any]
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._sink = sink
+        self._request = request
+        self._mailbox = Mailbox()
+        self._open = False
+        request.id = dispatcher.submit(sink, request.prompt_token_ids, arguments)
+        # Deliveries run on this loop, so none comes before this line.
+        sink.mailboxes[request.id] = self._mailbox
+        self._open = True
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> GenerationChunk:
+        try:
+            while True:
+                while self._mailbox.items:
+                    chunk = self._receive(self._mailbox.items.popleft())
+                    if chunk is not None:
+                        return chunk
+                if not self._open:
+                    raise StopAsyncIteration
+                await self._mailbox.wait()
+        except BaseException:
+            self._close()
+            raise
+
+    def _receive(self, item: Event | BaseException) -> GenerationChunk | None:
+        if isinstance(item, BaseException):
+            raise type(item)(*item.args) from item
+        chunk = self._request.feed(item)
+        if self._request.finished and self._open:
+            self._open = False
+            self._sink.mailboxes.pop(self._request.id, None)
+            self._dispatcher.forget(self._request.id)
+        return chunk
+
+    async def aclose(self) -> None:
+        """Abort the request if it still runs. Idempotent."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._open:
+            self._open = False
+            self._sink.mailboxes.pop(self._request.id, None)
+            self._dispatcher.abort(self._request.id)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_open", False):
+            self._close()
+
+
+class Mailbox:
+    """What arrived for one stream. The loop's sink holds this, not the stream, so a dropped stream goes at once."""
+
+    def __init__(self) -> None:
+        self.items: deque[Event | BaseException] = deque()
+        self._arrived = asyncio.Event()
+
+    def receive(self, item: Event | BaseException) -> None:
+        self.items.append(item)
+        self._arrived.set()
+
+    async def wait(self) -> None:
+        """Until something is there."""
+        if not self.items:
+            self._arrived.clear()
+            await self._arrived.wait()
