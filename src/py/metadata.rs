@@ -1,0 +1,52 @@
+//! Functions that need no engine: GGUF metadata for the tokenizer, and what the machine offers.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use pyo3::IntoPyObjectExt;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use crate::backend::Backend;
+use crate::checkpoint::gguf::{self, Value};
+use crate::config::DType;
+
+/// Every metadata key of a GGUF file, arrays as lists.
+#[pyfunction]
+pub(super) fn gguf_metadata(py: Python<'_>, path: PathBuf) -> PyResult<BTreeMap<String, Py<PyAny>>> {
+    let metadata = py.detach(|| gguf::metadata(&path))?;
+    metadata.into_iter().map(|(key, value)| Ok((key, to_python(py, value)?))).collect()
+}
+
+fn to_python(py: Python<'_>, value: Value) -> PyResult<Py<PyAny>> {
+    match value {
+        Value::U8(x) => x.into_py_any(py),
+        Value::I8(x) => x.into_py_any(py),
+        Value::U16(x) => x.into_py_any(py),
+        Value::I16(x) => x.into_py_any(py),
+        Value::U32(x) => x.into_py_any(py),
+        Value::I32(x) => x.into_py_any(py),
+        Value::F32(x) => x.into_py_any(py),
+        Value::Bool(x) => x.into_py_any(py),
+        Value::String(x) => x.into_py_any(py),
+        Value::U64(x) => x.into_py_any(py),
+        Value::I64(x) => x.into_py_any(py),
+        Value::F64(x) => x.into_py_any(py),
+        Value::Array(values) => {
+            let items: PyResult<Vec<_>> = values.into_iter().map(|x| to_python(py, x)).collect();
+            items?.into_py_any(py)
+        }
+    }
+}
+
+/// `tier` (SIMD level), `num_threads`, `cuda` (built with it) and `version`.
+#[pyfunction]
+pub(super) fn system_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
+    let backend = Backend::cpu(None, DType::Auto)?;
+    let info = PyDict::new(py);
+    info.set_item("tier", backend.tier())?;
+    info.set_item("num_threads", backend.num_threads())?;
+    info.set_item("cuda", false)?;
+    info.set_item("version", env!("CARGO_PKG_VERSION"))?;
+    Ok(info)
+}
