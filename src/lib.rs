@@ -1,4 +1,4 @@
-//! astrai_rs: an LLM inference engine.
+//! `astrai_rs`: an LLM inference engine.
 
 pub mod backend;
 pub mod cache;

@@ -176,7 +176,7 @@ pub struct Weights {
 
 impl Weights {
     /// No tensors yet; errors will name `source`, the file or folder that they come from.
-    pub fn of(source: impl Into<String>) -> Self {
+    pub fn from_source(source: impl Into<String>) -> Self {
         Self { tensors: BTreeMap::new(), source: Some(source.into()) }
     }
 

@@ -1,6 +1,6 @@
-//! `AstrAI` `config.json` → [`ModelSpec`], in both dialects.
+//! AstrAI `config.json` → [`ModelSpec`], in both dialects.
 //!
-//! **Which files are `AstrAI`'s.** `model_type` is `transformer` (versions to 1.3.3),
+//! **Which files are AstrAI's.** `model_type` is `transformer` (versions to 1.3.3),
 //! `autoregressive_lm` or `embedding` (1.3.13), in any case; or `model_type` is absent and the file
 //! has `dim` or `n_layers` (1.3.3), or has `hidden_size` but neither `architectures` nor
 //! `transformers_version`, which every Hugging Face file has (1.3.13).
@@ -9,9 +9,9 @@
 //! queries and keys *after* the rotation. An untied model without `lm_head.weight` runs with its
 //! embedding there.
 
-use super::RawTensor;
 use super::fields::Fields;
 use super::rules::HEAD;
+use super::{RawTensor, layer_count, split_heads};
 use crate::error::{Error, Result};
 use crate::spec::{
     Activation, AttentionSpec, MlpSpec, ModelSpec, QkNorm, RopePairing, RopeScaling, RopeSpec,
@@ -53,15 +53,13 @@ const NEW: Dialect = Dialect {
     num_kv_heads: "num_key_value_heads",
 };
 
-/// Whether the file is `AstrAI`'s; the rule is at the head of this file.
+/// Whether the file is AstrAI's; the rule is at the head of this file.
 pub(super) fn is_config(config: &Fields) -> Result<bool> {
-    Ok(match model_type(config)?.as_deref() {
-        Some(name) => matches!(name, "transformer" | "autoregressive_lm" | "embedding"),
-        None => {
-            let hugging_face = config.has("architectures") || config.has("transformers_version");
-            has_old_keys(config) || (config.has("hidden_size") && !hugging_face)
-        }
-    })
+    if let Some(name) = model_type(config)? {
+        return Ok(matches!(name.as_str(), "transformer" | "autoregressive_lm" | "embedding"));
+    }
+    let hugging_face = config.has("architectures") || config.has("transformers_version");
+    Ok(has_old_keys(config) || (config.has("hidden_size") && !hugging_face))
 }
 
 pub(super) fn spec(config: &Fields) -> Result<ModelSpec> {
@@ -126,9 +124,9 @@ fn only(config: &Fields, key: &str, supported: &str, known: &str) -> Result<()> 
 }
 
 fn decoder(config: &Fields, keys: &Dialect, theta: f64, scaling: RopeScaling) -> Result<ModelSpec> {
-    let num_layers = super::layer_count(config, keys.num_layers)?;
+    let num_layers = layer_count(config, keys.num_layers)?;
     let num_heads = config.size(keys.num_heads)?;
-    let head_dim = super::split_heads(config, keys.hidden_size, keys.num_heads, num_heads)?;
+    let head_dim = split_heads(config, keys.hidden_size, keys.num_heads, num_heads)?;
     let num_kv_heads = config.size(keys.num_kv_heads)?;
     let mut attention = AttentionSpec::plain(num_heads, num_kv_heads, head_dim, num_layers);
     if config.flag("use_qk_norm", false)? {

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 const MAX_SIZE: u64 = i32::MAX as u64;
 
 /// A JSON object (or GGUF metadata in that form). A key that is `null` counts as absent, as it
-/// does in transformers and `AstrAI`.
+/// does in transformers and AstrAI.
 #[derive(Debug)]
 pub(super) struct Fields {
     values: Map<String, Value>,
@@ -21,9 +21,9 @@ impl Fields {
         Self { values, prefix: prefix.into() }
     }
 
-    /// Reads a file's text, which must be one JSON object.
-    pub(super) fn parse(text: &str) -> Result<Self> {
-        match serde_json::from_str(text) {
+    /// Reads a file's bytes, which must be one JSON object.
+    pub(super) fn parse(bytes: &[u8]) -> Result<Self> {
+        match serde_json::from_slice(bytes) {
             Ok(Value::Object(values)) => Ok(Self::new(values, "")),
             Ok(other) => {
                 Err(Error::checkpoint(format!("not a JSON object; given: {}", shown(&other))))
@@ -66,13 +66,13 @@ impl Fields {
         })
     }
 
-    /// One size, or a list of equal sizes (GGUF's per-layer form); `None` when they differ.
-    pub(super) fn opt_uniform_size(&self, key: &str) -> Result<Option<Option<usize>>> {
-        self.read(key, "a positive integer", |value| {
-            let Value::Array(items) = value else { return as_size(value).map(Some) };
-            let first = as_size(items.first()?)?;
-            Some(items.iter().all(|item| as_size(item) == Some(first)).then_some(first))
-        })
+    /// One size, or a list with one per layer (GGUF).
+    pub(super) fn sizes(&self, key: &str) -> Result<Vec<usize>> {
+        let sizes = self.read(key, "a positive integer", |value| match value {
+            Value::Array(items) if !items.is_empty() => items.iter().map(as_size).collect(),
+            one => as_size(one).map(|size| vec![size]),
+        })?;
+        self.required(key, sizes)
     }
 
     pub(super) fn number(&self, key: &str) -> Result<f64> {
@@ -141,6 +141,11 @@ impl Fields {
 
 fn as_size(value: &Value) -> Option<usize> {
     value.as_u64().filter(|size| (1..=MAX_SIZE).contains(size)).map(|size| size as usize)
+}
+
+/// Whether two configured numbers are not the same.
+pub(super) fn differ(a: f64, b: f64) -> bool {
+    (a - b).abs() > f64::EPSILON
 }
 
 /// The value for a message, not longer than a line.

@@ -5,7 +5,7 @@
 //! window, untied) a missing key means that default, as it does there.
 
 use super::fields::Fields;
-use super::rope;
+use super::{layer_count, rope, split_heads};
 use crate::error::{Error, Result};
 use crate::spec::{Activation, AttentionSpec, MlpSpec, ModelSpec, QkNorm};
 
@@ -84,11 +84,11 @@ fn decoder(
 ) -> Result<ModelSpec> {
     let hidden_size = config.size("hidden_size")?;
     let num_heads = config.size("num_attention_heads")?;
-    let num_layers = super::layer_count(config, "num_hidden_layers")?;
+    let num_layers = layer_count(config, "num_hidden_layers")?;
     let max_positions = config.size("max_position_embeddings")?;
     let head_dim = match config.opt_size("head_dim")?.or(default_head_dim) {
         Some(head_dim) => head_dim,
-        None => super::split_heads(config, "hidden_size", "num_attention_heads", num_heads)?,
+        None => split_heads(config, "hidden_size", "num_attention_heads", num_heads)?,
     };
     Ok(ModelSpec {
         vocab_size: config.size("vocab_size")?,

@@ -15,7 +15,7 @@ pub(super) type Mapped = Arc<dyn AsRef<[u8]> + Send + Sync>;
 /// would change under the engine, and reading beyond a new end kills the process (`SIGBUS`).
 /// Replacing a file by renaming another over it is fine.
 pub(super) fn map(path: &Path) -> Result<Mapped> {
-    let file = File::open(path).context(|| path.display())?;
+    let file = File::open(path).map_err(|error| super::io_error(path, error))?;
     if !file.metadata().context(|| path.display())?.is_file() {
         return Err(Error::new(ErrorKind::Io, format!("{}: not a regular file", path.display())));
     }

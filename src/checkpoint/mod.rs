@@ -44,18 +44,13 @@ struct RawTensor {
 
 const CONFIG: &str = "config.json";
 
-/// Loads a `.gguf` file, a folder with `config.json` and safetensors (Hugging Face or `AstrAI`; the
+/// Loads a `.gguf` file, a folder with `config.json` and safetensors (Hugging Face or AstrAI; the
 /// rule that tells them apart is in `astrai.rs`), or a folder whose weights are exactly one `.gguf`.
 ///
 /// The files stay mapped while the weights live and must not be changed meanwhile.
 pub fn load(path: &Path) -> Result<Checkpoint> {
     let shown = path.display();
-    let kind = fs::metadata(path).map_err(|error| match error.kind() {
-        std::io::ErrorKind::NotFound => {
-            Error::new(ErrorKind::NotFound, format!("{shown}: no such file or folder"))
-        }
-        _ => Error::from(error).context(&shown),
-    })?;
+    let kind = fs::metadata(path).map_err(|error| io_error(path, error))?;
     if kind.is_dir() {
         return load_folder(path);
     }
@@ -110,8 +105,8 @@ fn gguf_files(folder: &Path) -> Result<Vec<PathBuf>> {
 fn load_config(folder: &Path) -> Result<Checkpoint> {
     let path = folder.join(CONFIG);
     let shown = path.display();
-    let text = fs::read_to_string(&path).context(|| &shown)?;
-    let config = Fields::parse(&text).context(|| &shown)?;
+    let bytes = fs::read(&path).map_err(|error| io_error(&path, error))?;
+    let config = Fields::parse(&bytes).context(|| &shown)?;
     let is_astrai = astrai::is_config(&config).context(|| &shown)?;
     let spec = if is_astrai { astrai::spec(&config) } else { hf::spec(&config) };
     let spec = spec.and_then(|spec| spec.validate().map(|()| spec)).context(|| &shown)?;
@@ -140,6 +135,14 @@ fn assemble(
         )));
     }
     Ok(Checkpoint { spec, weights })
+}
+
+fn io_error(path: &Path, error: std::io::Error) -> Error {
+    let shown = path.display();
+    if error.kind() == std::io::ErrorKind::NotFound {
+        return Error::new(ErrorKind::NotFound, format!("{shown}: no such file or folder"));
+    }
+    Error::from(error).context(shown)
 }
 
 /// A number of layers, bounded before anything is allocated per layer.

@@ -3,7 +3,7 @@
 //!
 //! Source: transformers, `modeling_rope_utils.py`.
 
-use super::fields::Fields;
+use super::fields::{Fields, differ};
 use crate::error::{Error, Result};
 use crate::spec::{RopePairing, RopeScaling, RopeSpec};
 
@@ -91,7 +91,7 @@ fn magnitude(factor: f64, scale: f64) -> f64 {
 
 fn require_full_rotation(fields: &Fields) -> Result<()> {
     match fields.opt_number("partial_rotary_factor")? {
-        Some(share) if share != 1.0 => Err(Error::unsupported(format!(
+        Some(share) if differ(share, 1.0) => Err(Error::unsupported(format!(
             "{} {share} is not supported; heads are rotated in full",
             fields.name("partial_rotary_factor")
         ))),

@@ -55,7 +55,7 @@ pub(super) const HUGGING_FACE: Names = Names {
     ],
 };
 
-/// `AstrAI`: the names are those of every version (notes in `astrai.rs`).
+/// AstrAI: the names are those of every version (notes in `astrai.rs`).
 pub(super) const ASTRAI: Names = Names {
     rules: &[
         rule("embed_tokens.weight", "embed.weight"),
@@ -102,7 +102,7 @@ pub(super) const GGUF: Names = Names {
 /// Brings a file's tensors under their canonical names; `source` names the file in errors. A name
 /// that no rule knows is an error, as is a number format that we do not read.
 pub(super) fn canonical(source: &str, tensors: Vec<RawTensor>, names: &Names) -> Result<Weights> {
-    let mut weights = Weights::of(source);
+    let mut weights = Weights::from_source(source);
     let mut unknown = BTreeSet::new();
     for tensor in tensors {
         if names.ignored.iter().any(|pattern| holes(pattern, &tensor.name).is_some()) {

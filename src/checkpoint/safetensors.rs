@@ -38,8 +38,7 @@ pub(super) fn read(folder: &Path) -> Result<Vec<RawTensor>> {
 }
 
 fn read_shards(folder: &Path) -> Result<Vec<RawTensor>> {
-    let text = fs::read_to_string(folder.join(INDEX))?;
-    let index = Fields::parse(&text)?;
+    let index = Fields::parse(&fs::read(folder.join(INDEX))?)?;
     let Some(map) = index.opt_object("weight_map")? else {
         return Err(Error::checkpoint("\"weight_map\" is missing"));
     };

@@ -263,12 +263,7 @@ fn paths() {
     let two = Folder::new().with("b.gguf", "").with("a.gguf", "");
     check("two files", &two, Checkpoint, "@: 2 .gguf files; name one of them: a.gguf, b.gguf");
     let no_config = Folder::new().with("model.safetensors", "");
-    check(
-        "no config",
-        &no_config,
-        NotFound,
-        "@/config.json: No such file or directory (os error 2)",
-    );
+    check("no config", &no_config, NotFound, "@/config.json: no such file or folder");
     let config = llama_config().to_string();
     let no_weights = Folder::new().with("config.json", &config);
     let neither = "@: neither model.safetensors nor model.safetensors.index.json is there";

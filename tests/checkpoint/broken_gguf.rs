@@ -174,6 +174,23 @@ fn tensors() {
             Checkpoint,
             "3 frequency divisors for heads of width 8; 4 are needed".into(),
         ),
+        (
+            change(&|file| {
+                let at = norm(file);
+                file.tensors[at].kind = "Q8_0";
+                file.tensors[at].shape = vec![8, 4];
+            }),
+            Checkpoint,
+            "tensor `output_norm.weight` of shape [8, 4] is Q8_0, whose rows must be a multiple of 32".into(),
+        ),
+        (
+            change(&|file| {
+                file.tensors.push(f32s("rope_freqs.weight", &[4], 1));
+                file.keys.push(("llama.rope.scaling.factor".into(), Value::F32(2.0)));
+            }),
+            Unsupported,
+            "`rope_freqs.weight` together with \"llama.rope.scaling.type\"".into(),
+        ),
     ] {
         check(&bytes, kind, &expected);
     }

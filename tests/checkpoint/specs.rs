@@ -1,4 +1,4 @@
-//! Configurations of Hugging Face and `AstrAI` folders → specs; all tensors find their place.
+//! Configurations of Hugging Face and AstrAI folders → specs; all tensors find their place.
 
 use std::fs;
 
@@ -257,7 +257,7 @@ fn shards_and_half_precision_are_read_where_they_lie() {
     let (first, second) = list.split_at(7);
     let mut map = serde_json::Map::new();
     for (file, part) in [("a.safetensors", first), ("b.safetensors", second)] {
-        part.iter().for_each(|tensor| _ = map.insert(tensor.name.clone(), file.into()));
+        map.extend(part.iter().map(|tensor| (tensor.name.clone(), Json::from(file))));
     }
     let folder = Folder::new()
         .with("config.json", llama_config().to_string())

@@ -103,7 +103,7 @@ pub(crate) fn layout(spec: &ModelSpec) -> Vec<(String, Vec<usize>)> {
     }
     for layer in 0..spec.num_layers {
         let mut add = |name: &str, shape: &[usize]| {
-            list.push((format!("layers.{layer}.{name}"), shape.to_vec()))
+            list.push((format!("layers.{layer}.{name}"), shape.to_vec()));
         };
         add("attn_norm.weight", &[hidden]);
         add("mlp_norm.weight", &[hidden]);
@@ -324,7 +324,9 @@ fn put_value(out: &mut Vec<u8>, value: &Value) {
         Value::Array(values) => {
             out.extend(values.first().map_or(4, type_of).to_le_bytes());
             out.extend((values.len() as u64).to_le_bytes());
-            values.iter().for_each(|value| put_value(out, value));
+            for value in values {
+                put_value(out, value);
+            }
         }
         Value::U64(number) => out.extend(number.to_le_bytes()),
         Value::I64(number) => out.extend(number.to_le_bytes()),

@@ -8,8 +8,8 @@ use std::path::Path;
 use serde_json::{Map, Value as Json};
 
 use super::{Metadata, Value};
-use crate::checkpoint::fields::Fields;
-use crate::checkpoint::{Checkpoint, RawTensor, rules};
+use crate::checkpoint::fields::{Fields, differ};
+use crate::checkpoint::{Checkpoint, RawTensor, layer_count, rules, split_heads};
 use crate::error::{Error, Result};
 use crate::spec::{
     Activation, AttentionSpec, MlpSpec, ModelSpec, QkNorm, RopePairing, RopeScaling, RopeSpec,
@@ -122,20 +122,15 @@ fn decoder(architecture: &Architecture, keys: &Fields, tensors: &[RawTensor]) ->
 }
 
 fn attention(keys: &Fields) -> Result<AttentionSpec> {
-    let num_layers = crate::checkpoint::layer_count(keys, "block_count")?;
+    let num_layers = layer_count(keys, "block_count")?;
     let num_heads = uniform(keys, "attention.head_count")?;
     let num_kv_heads = if keys.has("attention.head_count_kv") {
         uniform(keys, "attention.head_count_kv")?
     } else {
         num_heads
     };
-    let head_dim = match keys.opt_size("attention.key_length")? {
-        Some(head_dim) => head_dim,
-        None => {
-            let heads_key = "attention.head_count";
-            crate::checkpoint::split_heads(keys, "embedding_length", heads_key, num_heads)?
-        }
-    };
+    let split = || split_heads(keys, "embedding_length", "attention.head_count", num_heads);
+    let head_dim = keys.opt_size("attention.key_length")?.map_or_else(split, Ok)?;
     for key in ["attention.value_length", "rope.dimension_count"] {
         if let Some(width) = keys.opt_size(key)?.filter(|&width| width != head_dim) {
             return Err(Error::unsupported(format!(
@@ -149,13 +144,12 @@ fn attention(keys: &Fields) -> Result<AttentionSpec> {
 
 /// A key that may be one number or a list with one per layer, which must then be equal.
 fn uniform(keys: &Fields, key: &str) -> Result<usize> {
-    match keys.opt_uniform_size(key)? {
-        Some(Some(size)) => Ok(size),
-        Some(None) => {
-            Err(Error::unsupported(format!("{} that differs between layers", keys.name(key))))
-        }
-        None => keys.size(key),
+    let sizes = keys.sizes(key)?;
+    if sizes.iter().any(|&size| size != sizes[0]) {
+        let name = keys.name(key);
+        return Err(Error::unsupported(format!("{name} that differs between layers")));
     }
+    Ok(sizes[0])
 }
 
 /// `llama` (mistral) has the window in every layer; which layers of a qwen have it, no key says.
@@ -181,16 +175,16 @@ fn vocab_size(tensors: &[RawTensor]) -> Result<usize> {
 
 fn scaling(keys: &Fields, max_positions: usize, tensors: &[RawTensor]) -> Result<RopeScaling> {
     let key = "rope.scaling.type";
-    // Before there was a type, `scale_linear` was the factor.
-    let factor = match keys.opt_number("rope.scaling.factor")?.filter(|&factor| factor != 0.0) {
-        Some(factor) => factor,
-        None => keys.opt_number("rope.scale_linear")?.unwrap_or(1.0),
+    // Before there was a type, `scale_linear` was the factor. Zero and one mean no scaling.
+    let scales = |factor: &f64| *factor != 0.0 && differ(*factor, 1.0);
+    let factor = match keys.opt_number("rope.scaling.factor")?.filter(scales) {
+        Some(factor) => Some(factor),
+        None => keys.opt_number("rope.scale_linear")?.filter(scales),
     };
     let scaling = match keys.opt_text(key)?.unwrap_or("linear") {
         "none" => RopeScaling::None,
-        "linear" if factor == 1.0 => RopeScaling::None,
-        "linear" => RopeScaling::Linear { factor },
-        "yarn" => yarn(keys, factor, max_positions)?,
+        "linear" => factor.map_or(RopeScaling::None, |factor| RopeScaling::Linear { factor }),
+        "yarn" => yarn(keys, factor.unwrap_or(1.0), max_positions)?,
         other => {
             return Err(Error::unsupported(format!(
                 "{} {other:?} is not supported; supported: none, linear, yarn",
@@ -212,7 +206,7 @@ fn yarn(keys: &Fields, factor: f64, max_positions: usize) -> Result<RopeScaling>
     for (key, neutral) in
         [("rope.scaling.yarn_ext_factor", 1.0), ("rope.scaling.yarn_log_multiplier", 0.0)]
     {
-        if let Some(value) = keys.opt_number(key)?.filter(|&value| value != neutral) {
+        if let Some(value) = keys.opt_number(key)?.filter(|&value| differ(value, neutral)) {
             return Err(Error::unsupported(format!("{} {value} is not supported", keys.name(key))));
         }
     }

@@ -140,7 +140,7 @@ fn header(reader: &mut Reader) -> Result<(u64, u64)> {
     }
     reader.at = 4;
     let version = reader.u32()?;
-    if version & 0xffff == 0 {
+    if version.trailing_zeros() >= 16 {
         return Err(Error::unsupported("big-endian GGUF is not supported"));
     }
     if !(2..=3).contains(&version) {
