@@ -87,6 +87,8 @@ class FakeEngine:
     @staticmethod
     def reply(prompt: list[int], sample: int) -> list[int]:
         """What is generated, before the end-of-text token: the prompt in capitals, rotated by the sample."""
+        if max(prompt) > 255:  # not bytes: a real tokenizer
+            return prompt[-8:]
         text = bytes(prompt).upper()
         return list(text[sample:] + text[:sample])
 
@@ -102,7 +104,9 @@ class FakeEngine:
             self.submitted.append((list(prompt_token_ids), options))
             for sample in range(options.get("n", 1)):
                 reply = [*self.reply(list(prompt_token_ids), sample), EOS]
-                running = _Running(request_id, sample, list(prompt_token_ids), options, reply, time.monotonic())
+                running = _Running(
+                    request_id, sample, list(prompt_token_ids), options, reply, time.monotonic()
+                )
                 self._running.append(running)
             self._lock.notify_all()
             return request_id
@@ -142,7 +146,9 @@ class FakeEngine:
         with self._lock:
             for running in self._running:
                 error = ("Shutdown", "the engine was closed")
-                self._events.append(Event(running.request_id, running.sample, [], None, None, "error", None, error))
+                self._events.append(
+                    Event(running.request_id, running.sample, [], None, None, "error", None, error)
+                )
             self._running.clear()
             self._closed = True
             self._lock.notify_all()
@@ -162,7 +168,9 @@ class FakeEngine:
         if self._fail_next:
             self._running.remove(running)
             error, self._fail_next = self._fail_next, None
-            self._events.append(Event(running.request_id, running.sample, [], None, None, "error", None, error))
+            self._events.append(
+                Event(running.request_id, running.sample, [], None, None, "error", None, error)
+            )
             return
         options = running.options
         token = running.reply[running.made]
@@ -197,7 +205,9 @@ class FakeEngine:
                 "num_cached_tokens": 0,
                 "num_preemptions": 0,
             }
-        return Event(running.request_id, running.sample, tokens, logprobs, prompt_logprobs, finish, stop, None, metrics)
+        return Event(
+            running.request_id, running.sample, tokens, logprobs, prompt_logprobs, finish, stop, None, metrics
+        )
 
 
 class ByteTokenizer:
@@ -238,7 +248,11 @@ def gguf_metadata(path: str) -> dict:
         if kind == 9:
             kind, count = read("I"), read("Q")
             if kind in scalars:
-                return list(struct.unpack(f"<{count}{scalars[kind]}", data.read(count * struct.calcsize(scalars[kind]))))
+                return list(
+                    struct.unpack(
+                        f"<{count}{scalars[kind]}", data.read(count * struct.calcsize(scalars[kind]))
+                    )
+                )
             return [value(kind) for _ in range(count)]
         return read(scalars[kind])
 

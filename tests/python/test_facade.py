@@ -404,7 +404,9 @@ def test_ctrl_c_stops_generate(folder):
         assert process.wait(10) == 0
 
 
-@pytest.mark.parametrize("code", ["stream = engine.stream('a', long); next(stream)", "pass", "engine.close()"])
+@pytest.mark.parametrize(
+    "code", ["stream = engine.stream('a', long); next(stream)", "pass", "engine.close()"]
+)
 def test_the_interpreter_exits_with_an_open_engine(folder, code):
     with python(code, folder) as process:
         assert process.wait(10) == 0
@@ -456,7 +458,10 @@ def test_chat(make_engine, fixtures):
     out = engine.chat([{"role": "user", "content": "Once upon"}], SamplingParams(max_tokens=4))
     assert out.prompt_token_ids == engine.tokenizer.encode("Once upon ")
     both = engine.chat([[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]])
-    assert [o.prompt_token_ids for o in both] == [engine.tokenizer.encode("a "), engine.tokenizer.encode("b ")]
+    assert [o.prompt_token_ids for o in both] == [
+        engine.tokenizer.encode("a "),
+        engine.tokenizer.encode("b "),
+    ]
     with pytest.raises(ValueError, match="empty"):
         engine.chat([])
 
