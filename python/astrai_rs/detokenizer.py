@@ -95,9 +95,9 @@ class Detokenizer:
         """Drop the front of a window that never completes, where this does not change the text."""
         for cut in range(len(self._window) - _MAX_PENDING, 0, -1):
             front, back = self._decode(self._window[:cut]), self._decode(self._window[cut:])
-            if front + back == text:
+            if front + back == text and len(front) <= len(self._shown):
                 self._window = self._window[cut:]
-                self._shown = back[: max(0, len(self._shown) - len(front))]
+                self._shown = self._shown[len(front) :]
                 self._clean, self._dangling = 0, False
                 return
 

@@ -386,7 +386,8 @@ def _as_list(prompts: Any) -> tuple[bool, list[Prompt]]:
         kind = type(prompts).__name__
         raise TypeError(f"prompts must be a string, a list of token ids, or a list of these, not {kind}")
     items = list(prompts)
-    single = bool(items) and all(hasattr(item, "__index__") for item in items)
+    # Arrays have __index__, too, but a number has no length.
+    single = bool(items) and all(hasattr(i, "__index__") and not hasattr(i, "__len__") for i in items)
     return single, [items] if single else items
 
 

@@ -82,7 +82,9 @@ class SamplingParams:
             self._set("stop", (self.stop,))
         self._set("stop", check_strings("stop", self.stop, what="a string or a list of strings"))
         self._set("bad_words", check_strings("bad_words", self.bad_words, what="a list of strings"))
-        self._set("stop_token_ids", check_ids("stop_token_ids", self.stop_token_ids or ()))
+        if self.stop_token_ids is None:
+            self._set("stop_token_ids", ())
+        self._set("stop_token_ids", check_ids("stop_token_ids", self.stop_token_ids))
         if self.allowed_token_ids is not None:
             self._set("allowed_token_ids", check_ids("allowed_token_ids", self.allowed_token_ids))
         if self.logit_bias is not None:

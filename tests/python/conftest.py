@@ -3,8 +3,9 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-import fake_core
 import pytest
+
+import fake_core
 
 HAS_CORE = importlib.util.find_spec("astrai_rs._core") is not None
 if not HAS_CORE:

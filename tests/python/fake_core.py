@@ -20,9 +20,11 @@ try:
     from astrai_rs._core import CheckpointError, EngineClosed
 except ImportError:
 
-    class CheckpointError(ValueError): ...
+    class CheckpointError(ValueError):
+        """As in the core."""
 
-    class EngineClosed(RuntimeError): ...
+    class EngineClosed(RuntimeError):
+        """As in the core."""
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ TOOL = {
 }
 
 CONVERSATIONS: dict[str, list[Any]] = {
-    "one": [{"role": "user", "content": "Hello <b>&amp; \"you\"</b>"}],
+    "one": [{"role": "user", "content": 'Hello <b>&amp; "you"</b>'}],
     "system": [{"role": "system", "content": " Be terse. "}, {"role": "user", "content": "Hi\n"}],
     "turns": [
         {"role": "user", "content": "What is 1+1?"},
@@ -129,7 +129,11 @@ CONVERSATIONS: dict[str, list[Any]] = {
             "role": "assistant",
             "content": None,
             "tool_calls": [
-                {"id": "1", "type": "function", "function": {"name": "weather", "arguments": {"town": "Zü", "a": 1}}},
+                {
+                    "id": "1",
+                    "type": "function",
+                    "function": {"name": "weather", "arguments": {"town": "Zü", "a": 1}},
+                },
                 {"function": {"name": "weather", "arguments": '{"town": "B"}'}},
             ],
         },
@@ -177,7 +181,9 @@ def main() -> None:
                     case["error"] = type(error).__name__
                 cases.append(case)
     path = Path(__file__).parent.parent / "fixtures" / "chat_templates.json"
-    path.write_text("[\n" + ",\n".join(json.dumps(c, ensure_ascii=False) for c in cases) + "\n]\n", encoding="utf-8")
+    path.write_text(
+        "[\n" + ",\n".join(json.dumps(c, ensure_ascii=False) for c in cases) + "\n]\n", encoding="utf-8"
+    )
     print(f"{len(cases)} cases, {sum('error' in case for case in cases)} of them errors")
 
 

@@ -8,11 +8,11 @@ import json
 
 import jinja2
 import pytest
-from conftest import FIXTURES
-from make_chat_fixtures import CONVERSATIONS, OPTIONS, SPECIAL, TEMPLATES
 
 from astrai_rs import ChatTemplate
 from astrai_rs.chat_template import plain
+from conftest import FIXTURES
+from make_chat_fixtures import CONVERSATIONS, OPTIONS, SPECIAL, TEMPLATES
 
 CASES = json.loads((FIXTURES / "chat_templates.json").read_text(encoding="utf-8"))
 USER = [{"role": "user", "content": "Hi"}]
@@ -34,7 +34,9 @@ def test_as_transformers(template):
 
 
 def test_messages_of_the_caller_stay_as_they_are():
-    messages = [{"role": "assistant", "content": [{"type": "text", "text": "x"}], "reasoning": "r", "name": None}]
+    messages = [
+        {"role": "assistant", "content": [{"type": "text", "text": "x"}], "reasoning": "r", "name": None}
+    ]
     before = json.dumps(messages)
     template = ChatTemplate("{% for p in messages[0].content %}{{ p.text }}{% endfor %}")
     assert template.render(messages, continue_final_message=True) == "x"
@@ -90,7 +92,11 @@ def test_astrai_templates_are_plain_jinja():
             "exclude each other",
         ),
         (lambda t: t.render([{"role": "user"}], continue_final_message=True), ValueError, "has no 'content'"),
-        (lambda t: t.render([{"role": "u", "x": "y"}], continue_final_message="x"), ValueError, "does not use 'x'"),
+        (
+            lambda t: t.render([{"role": "u", "x": "y"}], continue_final_message="x"),
+            ValueError,
+            "does not use 'x'",
+        ),
         (lambda t: ChatTemplate(3), TypeError, "string or a dict of strings, not int"),
         (lambda t: ChatTemplate({"rag": ""}).render(USER), ValueError, r"no default: \['rag'\]"),
     ],

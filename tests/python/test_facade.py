@@ -13,9 +13,10 @@ import threading
 import time
 from pathlib import Path
 
-import fake_core
+import numpy as np
 import pytest
 
+import fake_core
 from astrai_rs import Engine, EngineClosed, GenerationOutput, Logprob, SamplingParams
 
 LONG = SamplingParams(max_tokens=400, ignore_eos=True)
@@ -48,6 +49,9 @@ def test_ids_as_prompt(engine):
     out = engine.generate([104, 105])
     assert (out.prompt, out.text) == (None, "HI")
     assert engine.generate((104, 105)).text == "HI"
+    array = np.array([104, 105])
+    assert engine.generate(array).text == "HI"
+    assert [out.text for out in engine.generate([array, array[:1]])] == ["HI", "H"]
 
 
 def test_list_keeps_order_and_mixes_texts_and_ids(engine):
@@ -347,6 +351,7 @@ def test_an_event_thread_that_fails_ends_the_requests(slow_engine, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_use_after_fork_is_refused(engine):
     read, write = os.pipe()
     pid = os.fork()
