@@ -325,7 +325,7 @@ class Conversation:
         return True
 
     def _turn(self, text: str) -> None:
-        """One question and its answer; an answer that Ctrl-C stopped stays in the history as far as it came."""
+        """One question and its answer; a stopped answer stays in the history as far as it came."""
         self._messages.append({"role": "user", "content": text})
         system = [{"role": "system", "content": self._system}] if self._system else []
         clock, said = Stopwatch(), ""

@@ -1,7 +1,8 @@
 """Tokenizers from GGUF metadata: byte-level BPE (`gpt2`) and SentencePiece BPE (`llama`).
 
-A GGUF file has vocabulary, merges or scores, and the *name* of its pre-tokenizer. `_SPLITS` says what the names
-mean; llama.cpp defines them. A name that is not known here is refused: a near miss would give wrong ids silently.
+A GGUF file has vocabulary, merges or scores, and the *name* of its pre-tokenizer. `_SPLITS` says what the
+names mean; llama.cpp defines them. A name that is not known here is refused: a near miss would give wrong ids
+silently.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ Each step gives every running sample one token of `FakeEngine.reply(prompt, samp
 
 from __future__ import annotations
 
+import io
 import itertools
 import sys
 import threading
@@ -231,7 +232,7 @@ def gguf_metadata(path: str) -> dict:
     import struct
     from pathlib import Path
 
-    data, at = Path(path).open("rb"), 0
+    data = io.BytesIO(Path(path).read_bytes())
     scalars = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 
     def read(code: str):
@@ -258,12 +259,10 @@ def gguf_metadata(path: str) -> dict:
             return [value(kind) for _ in range(count)]
         return read(scalars[kind])
 
-    del at
-    with data:
-        if data.read(4) != b"GGUF":
-            raise CheckpointError(f"{path}: not a GGUF file")
-        read("I"), read("Q")
-        return {string(): value(read("I")) for _ in range(read("Q"))}
+    if data.read(4) != b"GGUF":
+        raise CheckpointError(f"{path}: not a GGUF file")
+    read("I"), read("Q")
+    return {string(): value(read("I")) for _ in range(read("Q"))}
 
 
 def install() -> None:

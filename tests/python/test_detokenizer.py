@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -151,7 +152,7 @@ def test_stop_matcher_against_naive(text, stops, cuts, include, minimum):
     want, want_stop = naive(text, stops, include, minimum)
     bounds = sorted({0, len(text), minimum, *cuts} & set(range(len(text) + 1)))
     matcher, got, stop = StopMatcher(stops, include=include), "", None
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         piece, stop = matcher.add(text[start:end], active=end > minimum)
         got += piece
         assert want.startswith(got), "nothing comes out that a stop string takes back"

@@ -1,4 +1,4 @@
-"""Engine over the fake core: order, samples, streams, aborts, threads, asyncio, errors, close, fork, Ctrl-C."""
+"""Engine over the fake core: order, samples, streams, aborts, threads, errors, close, fork, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -284,7 +284,8 @@ def test_a_closed_loop_aborts_its_streams(slow_engine):
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
-    [("InvalidArgument", ValueError), ("Device", RuntimeError), ("Bug", RuntimeError), ("OutOfMemory", MemoryError),
+    [("InvalidArgument", ValueError), ("Device", RuntimeError), ("Bug", RuntimeError), ("OutOfMemory",
+    MemoryError),
      ("Unsupported", NotImplementedError), ("Io", OSError), ("Shutdown", EngineClosed)],
 )  # fmt: skip
 def test_errors_of_a_step(engine, kind, expected):

@@ -98,7 +98,8 @@ def test_offline(hub):
 
 
 def test_importing_is_cheap():
-    code = "import sys, astrai_rs; print([m for m in ('jinja2', 'tokenizers', 'huggingface_hub', 'asyncio') if m in sys.modules])"
+    heavy = ("jinja2", "tokenizers", "huggingface_hub", "asyncio")
+    code = f"import sys, astrai_rs; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=_env()
     )

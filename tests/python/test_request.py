@@ -41,11 +41,14 @@ def test_accepted_forms():
 
 def test_arguments_of_the_core():
     arguments = core_arguments(SamplingParams(stop="x", bad_words=["y"]))
-    assert arguments.keys() == {
-        "n", "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "top_k", "min_p",
-        "seed", "stop_token_ids", "ignore_eos", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs",
-        "logit_bias", "allowed_token_ids",
-    }  # fmt: skip
+    left_out = {
+        "stop",
+        "bad_words",
+        "include_stop_str_in_output",
+        "skip_special_tokens",
+        "structured_outputs",
+    }
+    assert arguments.keys() == {field.name for field in dataclasses.fields(SamplingParams)} - left_out
 
 
 INTS = ("n", "top_k", "min_tokens")
