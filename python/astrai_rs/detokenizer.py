@@ -55,6 +55,9 @@ class Detokenizer:
         held = len(text) - len(text.rstrip(_LOST))
         stable = len(text) - min(held, _MAX_PENDING)
         start = len(self._shown)
+        if self._shown and text == self._shown and not self._dangling:
+            self._window.pop()  # no text, such as a skipped special token: the context stays what it was
+            return ""
         if stable <= start:
             if len(self._window) - self._clean > _WINDOW:
                 self._split(text)

@@ -251,11 +251,14 @@ class Engine:
         """Submit the requests together and wait for all of them."""
         report, done = _reporter(progress), 0
         group = RequestGroup(self._dispatcher, prepared)
-        for index, chunk in group:
-            if chunk.finish_reason is not None and prepared[index][0].finished:
-                done += 1
-                report(done, len(prepared))
-        group.settle(_LAST_EVENT_SECONDS)
+        try:
+            for index, chunk in group:
+                if chunk.finish_reason is not None and prepared[index][0].finished:
+                    done += 1
+                    report(done, len(prepared))
+            group.settle(_LAST_EVENT_SECONDS)
+        finally:
+            group.close()
         return [request.output() for request, _ in prepared]
 
     def _encoded(self, prompts: Sequence[Prompt]) -> list[Prompt]:

@@ -196,7 +196,7 @@ class GenerationChunk:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     """With the request's first piece, if asked for."""
     metrics: RequestMetrics | None = None
-    """With the sample's last piece."""
+    """With the sample's last piece, unless a stop string ended it."""
 
 
 def check_int(name: str, value: object, *, or_none: bool = False) -> int:

@@ -85,7 +85,8 @@ def test_sentencepiece_streams_in_context(prompt, text, skip):
 def test_space_between_skipped_tokens_survives():
     bos, word = SPM.token_to_id("<s>"), SPM.token_to_id("▁there")
     decode = SPM.decode
-    assert "".join(stream(decode, [bos, word], [bos, word, bos, bos, word])) == " there there"
+    assert "".join(stream(decode, [bos, word], [bos, word, *[bos] * 30, word])) == " there there"
+    assert "".join(stream(decode, [bos], [bos, bos, word])) == decode([word])
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

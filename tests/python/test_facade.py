@@ -426,6 +426,16 @@ def test_progress(engine, capsys):
     assert "2/2 prompts" in capsys.readouterr().err
 
 
+def test_an_exception_in_a_progress_function_aborts(slow_engine):
+    def report(done, total):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError) as caught:
+        slow_engine.generate(["a", "b"], [SamplingParams(max_tokens=1), LONG], progress=report)
+    assert slow_engine._dispatcher._routes == {}, "at once, though the exception holds the frames"
+    assert caught.value.args == ("mine",)
+
+
 def test_bad_words_are_encoded_with_and_without_space(engine):
     engine.generate("abc", SamplingParams(bad_words=["xy"]))
     assert engine.core.submitted[-1][1]["bad_words"] == [list(b"xy")]
