@@ -86,7 +86,7 @@ class Engine:
         bad_words: Sequence[Sequence[int]] = (),
         frequency_window: int = 0,
     ) -> int:
-        """Queue a request and return its id. ValueError for a value out of range or a prompt that never fits."""
+        """Queue a request, return its id. ValueError for a value out of range or a prompt that never fits."""
     def abort(self, request_id: int, sample: int | None = None) -> None:
         """Stop a request, or one sample of it. Unknown and finished ids are ignored."""
     def poll(self, timeout: float) -> list[Event]:

@@ -1,7 +1,7 @@
 """Chat templates: sandboxed Jinja with the semantics of Hugging Face transformers 5.
 
-Templates come with a model and are untrusted code. They run in Jinja's immutable sandbox and see only plain data
-(`plain`), never the caller's objects.
+Templates come with a model and are untrusted code. They run in Jinja's immutable sandbox and see only plain
+data (`plain`), never the caller's objects.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class ChatTemplate:
     '[user] Hi'
 
     Args:
-        source: the Jinja text, or `{name: text}` from which `render` chooses: `tool_use` when tools are given,
-            else `default`.
+        source: the Jinja text, or `{name: text}` from which `render` chooses: `tool_use` when tools are
+            given, else `default`.
         special_tokens: `{"bos_token": "<s>", …}`, visible to the template by name.
         trim: Jinja's `trim_blocks` and `lstrip_blocks`, as Hugging Face templates expect.
     """
@@ -109,7 +109,8 @@ class ChatTemplate:
 def plain(value: Any) -> Any:
     """`value` rebuilt from plain JSON types; anything else becomes `"<TypeName>"`.
 
-    The sandbox guards attributes that it knows. Objects of other libraries bring methods that it does not know.
+    The sandbox guards attributes that it knows. Objects of other libraries bring methods that it does not
+    know.
     """
     if value is None or type(value) in (str, int, float, bool):
         return value

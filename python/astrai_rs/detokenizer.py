@@ -19,10 +19,10 @@ class Detokenizer:
     """Turns ids into text piece by piece.
 
     Let `tail` be the last few prompt ids from a character boundary on. The pieces, joined, are
-    `decode(tail + ids)` without its first `len(decode(tail))` characters: the text in its context, so a leading
-    space survives decoders that strip it. No piece holds U+FFFD for a character that later ids complete; bytes
-    that never become a character appear as U+FFFD. If the prompt ends inside a character and the first ids
-    complete it, that character is the first text.
+    `decode(tail + ids)` without its first `len(decode(tail))` characters: the text in its context, so a
+    leading space survives decoders that strip it. No piece holds U+FFFD for a character that later ids
+    complete; bytes that never become a character appear as U+FFFD. If the prompt ends inside a character and
+    the first ids complete it, that character is the first text.
 
     Only `decode` of a short window is called, so the cost per id does not grow with the text, and any
     tokenizer will do.
@@ -55,6 +55,9 @@ class Detokenizer:
         held = len(text) - len(text.rstrip(_LOST))
         stable = len(text) - min(held, _MAX_PENDING)
         start = len(self._shown)
+        if self._shown and text == self._shown and not self._dangling:
+            self._window.pop()  # no text, such as a skipped special token: the context stays what it was
+            return ""
         if stable <= start:
             if len(self._window) - self._clean > _WINDOW:
                 self._split(text)
@@ -78,8 +81,8 @@ class Detokenizer:
             self._dangling = False
             if text.startswith(self._shown):
                 return text
-        # A byte-fallback decoder takes back a character when an invalid byte follows. It is given out already:
-        # decode what is pending alone.
+        # A byte-fallback decoder takes back a character when an invalid byte follows. It is given out
+        # already: decode what is pending alone.
         del self._window[: self._clean]
         self._clean, self._shown = 0, ""
         return self._decode(self._window)
@@ -95,9 +98,9 @@ class Detokenizer:
         """Drop the front of a window that never completes, where this does not change the text."""
         for cut in range(len(self._window) - _MAX_PENDING, 0, -1):
             front, back = self._decode(self._window[:cut]), self._decode(self._window[cut:])
-            if front + back == text:
+            if front + back == text and len(front) <= len(self._shown):
                 self._window = self._window[cut:]
-                self._shown = back[: max(0, len(self._shown) - len(front))]
+                self._shown = self._shown[len(front) :]
                 self._clean, self._dangling = 0, False
                 return
 
@@ -127,7 +130,8 @@ class StopMatcher:
     def add(self, text: str, *, active: bool = True) -> tuple[str, str | None]:
         """`(text to give out, the stop string that matched or None)`.
 
-        With `active=False` (fewer than min_tokens so far) a match may begin in this text but not complete in it.
+        With `active=False` (fewer than min_tokens so far) a match may begin in this text but not complete in
+        it.
         """
         if not self._stops:
             return text, None

@@ -26,7 +26,7 @@ Progress = bool | Callable[[int, int], None]
 """True prints to stderr; a function gets (finished prompts, all prompts)."""
 
 _LAST_EVENT_SECONDS = 0.25
-"""How long `generate` waits for the core's last event, which has the metrics, after a stop string ended a text."""
+"""How long `generate` waits for the metrics, which come with the core's last event, after a stop string."""
 
 
 class Engine:
@@ -37,8 +37,8 @@ class Engine:
 
     Args:
         model: a folder, a `.gguf` file, or a hub id (`owner/name`, `owner/name:Q4_K_M`).
-        tokenizer: None takes the model's own; else a path, an `AutoTokenizer`, or any object with `encode` and
-            `decode`, such as one of transformers. A model without tokenizer serves token ids only.
+        tokenizer: None takes the model's own; else a path, an `AutoTokenizer`, or any object with `encode`
+            and `decode`, such as one of transformers. A model without tokenizer serves token ids only.
         device: `auto`, `cpu` or `cuda`.
         dtype: `auto` (the fastest form that keeps quality), `bfloat16`, or `float32` (exact everywhere).
         max_model_len: the most tokens of prompt and output together; None takes the model's own.
@@ -159,19 +159,19 @@ class Engine:
             A `GenerationOutput`, or a list of them. Errors as `generate`; ValueError without a chat template.
         """
         self._check_process()
-        if not hasattr(self.tokenizer, "apply_chat_template"):
-            raise ValueError("chat needs a tokenizer with a chat template; this engine has none")
+        if self._codec is None:
+            raise ValueError("chat needs a tokenizer with a chat template, and this model has none")
+        options: dict[str, Any] = {
+            "add_generation_prompt": add_generation_prompt and not continue_final_message
+        }
+        if chat_template is not None:
+            options["chat_template"] = chat_template
+        if continue_final_message:
+            options["continue_final_message"] = True
         single = not (messages and isinstance(messages[0], (list, tuple)))
-        ids = self.tokenizer.apply_chat_template(
-            messages,
-            tools=tools,
-            add_generation_prompt=add_generation_prompt and not continue_final_message,
-            tokenize=True,
-            **({"chat_template": chat_template} if chat_template is not None else {}),
-            **({"continue_final_message": True} if continue_final_message else {}),
-            **(chat_template_kwargs or {}),
-        )
-        prompts = [ids] if single else ids
+        conversations = [messages] if single else messages
+        options |= {"tools": tools, **(chat_template_kwargs or {})}
+        prompts = [self._codec.chat(conversation, options) for conversation in conversations]
         outputs = self._generate(prompts, _one_each(sampling_params, len(prompts)), progress)
         return outputs[0] if single else outputs
 
@@ -251,11 +251,14 @@ class Engine:
         """Submit the requests together and wait for all of them."""
         report, done = _reporter(progress), 0
         group = RequestGroup(self._dispatcher, prepared)
-        for index, chunk in group:
-            if chunk.finish_reason is not None and prepared[index][0].finished:
-                done += 1
-                report(done, len(prepared))
-        group.settle(_LAST_EVENT_SECONDS)
+        try:
+            for index, chunk in group:
+                if chunk.finish_reason is not None and prepared[index][0].finished:
+                    done += 1
+                    report(done, len(prepared))
+            group.settle(_LAST_EVENT_SECONDS)
+        finally:
+            group.close()
         return [request.output() for request, _ in prepared]
 
     def _encoded(self, prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -288,7 +291,7 @@ class Engine:
         return self._codec.encode(prompt)
 
     def _bad_word_ids(self, words: Iterable[str]) -> list[list[int]]:
-        """Each word as it is tokenised at the start of text and after a space, where the two are alike in length."""
+        """Each word at the start of text, and after a space where that gives as many ids."""
         if self._codec is None:
             raise ValueError("bad_words need a tokenizer, and this model has none")
         found = []
@@ -303,8 +306,8 @@ class Engine:
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
             raise RuntimeError(
-                "this Engine was made before a fork and its threads are not in this process; make an Engine in the "
-                "child, or use multiprocessing's 'spawn'"
+                "this Engine was made before a fork, and its threads are not in this process; "
+                "make an Engine in the child, or use multiprocessing's 'spawn'"
             )
 
 
@@ -357,6 +360,17 @@ class _Codec:
         except TypeError:
             return self.encode(text)
 
+    def chat(self, messages: Sequence[Any], options: Mapping[str, Any]) -> list[int]:
+        """The ids of a conversation. Other tokenizers render text: what they give as ids differs in form."""
+        template = getattr(self._tokenizer, "apply_chat_template", None)
+        if template is None:
+            raise ValueError(
+                "chat needs a tokenizer with a chat template; this one has no apply_chat_template"
+            )
+        if isinstance(self._tokenizer, AutoTokenizer):
+            return check_ids("a prompt", template(messages, **options))
+        return self.encode_word(template(messages, tokenize=False, **options))
+
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         try:
             return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
@@ -386,7 +400,8 @@ def _as_list(prompts: Any) -> tuple[bool, list[Prompt]]:
         kind = type(prompts).__name__
         raise TypeError(f"prompts must be a string, a list of token ids, or a list of these, not {kind}")
     items = list(prompts)
-    single = bool(items) and all(hasattr(item, "__index__") for item in items)
+    # Arrays have __index__, too, but a number has no length.
+    single = bool(items) and all(hasattr(i, "__index__") and not hasattr(i, "__len__") for i in items)
     return single, [items] if single else items
 
 

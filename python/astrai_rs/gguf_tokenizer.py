@@ -1,7 +1,8 @@
 """Tokenizers from GGUF metadata: byte-level BPE (`gpt2`) and SentencePiece BPE (`llama`).
 
-A GGUF file has vocabulary, merges or scores, and the *name* of its pre-tokenizer. `_SPLITS` says what the names
-mean; llama.cpp defines them. A name that is not known here is refused: a near miss would give wrong ids silently.
+A GGUF file has vocabulary, merges or scores, and the *name* of its pre-tokenizer. `_SPLITS` says what the
+names mean; llama.cpp defines them. A name that is not known here is refused: a near miss would give wrong ids
+silently.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ _SPLITS: dict[str, tuple[str, ...]] = {
     "qwen35": (_QWEN35,),
     "tekken": (_TEKKEN,),
     "gpt-4o": (_GPT4O,),
+    "glm4": (_LLAMA3,),
     "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]"),
     "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"),
     "deepseek-v3": (r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK3),
@@ -60,6 +62,7 @@ _ALIASES = {
     "gpt-2": ("phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "roberta-bpe", "modern-bert"),
     "smollm": ("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
     "gpt-4o": ("llama4",),
+    "glm4": ("glm5",),
 }
 _SPLITS |= {alias: _SPLITS[name] for name, aliases in _ALIASES.items() for alias in aliases}
 

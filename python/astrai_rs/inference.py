@@ -1,7 +1,8 @@
 """AstrAI's inference surface (names, argument order, defaults of 1.3.3 and 1.3.13) over `Engine`.
 
-Where the two versions differ both forms are accepted. Where upstream is broken this is right: prompts are not cut to
-512 tokens, temperature 0 is greedy in any batch and honours penalties, dropping a stream stops its request.
+Where the two versions differ both forms are accepted. Where upstream is broken this is right: prompts are not
+cut to 512 tokens, temperature 0 is greedy in any batch and honours penalties, dropping a stream stops its
+request.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ class GenerationRequest:
     """A conversation to answer, with AstrAI's sampling fields.
 
     Raises:
-        ValueError: top_k is not an integer ≥ 0, top_p not in [0, 1], temperature not a number ≥ 0, or messages is
-            not a list of dicts.
+        ValueError: top_k is not an integer ≥ 0, top_p not in [0, 1], temperature not a number ≥ 0, or
+            messages is not a list of dicts.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -63,8 +64,8 @@ class InferenceEngine:
         tokenizer: an `AutoTokenizer`, or None for the model's own.
         max_batch_size: the most prompts computed together.
         max_seq_len: the most tokens of prompt and output; longer prompts keep their end.
-        max_prefix_len, cache_capacity, cache, enable_cuda_graph, backend: accepted at their defaults only; the
-            prefix cache and the backend need no such settings here.
+        max_prefix_len, cache_capacity, cache, enable_cuda_graph, backend: accepted at their defaults only;
+            the prefix cache and the backend need no such settings here.
     """
 
     def __init__(
@@ -116,11 +117,12 @@ class InferenceEngine:
             max_tokens: None fills `max_seq_len`; 0 or less gives empty text.
             top_p: 0 keeps only the likeliest token.
             top_k: 0 keeps all.
-            frequency_penalty: subtracted per occurrence among the last `rep_window` prompt tokens and the output.
+            frequency_penalty: subtracted per occurrence among the last `rep_window` prompt tokens and the
+                output.
 
         Returns:
-            str for a text, list[str] for a list. With `stream`: an iterator of str for a text, of `(index, str)`
-            for a list.
+            str for a text, list[str] for a list. With `stream`: an iterator of str for a text, of `(index,
+            str)` for a list.
         """
         refuse_changed(abort_on_exception=(abort_on_exception, True))
         params = _params(max_tokens, temperature, top_p, top_k, frequency_penalty)
@@ -202,7 +204,7 @@ class InferenceEngine:
         self.shutdown()
 
     def _prepare(self, text: str, params: SamplingParams, rep_window: int) -> Prepared:
-        """A request of the end of the prompt that leaves room for one token, with max_tokens that fit behind it."""
+        """The request for the end of the prompt that leaves room for a token; max_tokens fill that room."""
         if not isinstance(text, str):
             raise TypeError(f"prompt must be a string or a list of strings, not {type(text).__name__}")
         limit = self._engine.max_model_len

@@ -17,8 +17,8 @@ def resolve(model: str | Path, *, tokenizer_only: bool = False) -> Path:
     """The local folder or GGUF file of a model; downloads it if it is a hub id.
 
     Args:
-        model: a folder, a `.gguf` file, or a hub id `owner/name`; `owner/name:Q4_K_M` picks a GGUF file by its
-            quantisation.
+        model: a folder, a `.gguf` file, or a hub id `owner/name`; `owner/name:Q4_K_M` picks a GGUF file by
+            its quantisation.
         tokenizer_only: leave weights on the hub.
 
     Raises:

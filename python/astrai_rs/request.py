@@ -82,7 +82,9 @@ class SamplingParams:
             self._set("stop", (self.stop,))
         self._set("stop", check_strings("stop", self.stop, what="a string or a list of strings"))
         self._set("bad_words", check_strings("bad_words", self.bad_words, what="a list of strings"))
-        self._set("stop_token_ids", check_ids("stop_token_ids", self.stop_token_ids or ()))
+        if self.stop_token_ids is None:
+            self._set("stop_token_ids", ())
+        self._set("stop_token_ids", check_ids("stop_token_ids", self.stop_token_ids))
         if self.allowed_token_ids is not None:
             self._set("allowed_token_ids", check_ids("allowed_token_ids", self.allowed_token_ids))
         if self.logit_bias is not None:
@@ -194,7 +196,7 @@ class GenerationChunk:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     """With the request's first piece, if asked for."""
     metrics: RequestMetrics | None = None
-    """With the sample's last piece."""
+    """With the sample's last piece, unless a stop string ended it."""
 
 
 def check_int(name: str, value: object, *, or_none: bool = False) -> int:

@@ -55,7 +55,7 @@ class RequestGroup:
         return self._ready.popleft()
 
     def settle(self, seconds: float) -> None:
-        """Wait for the core's last events, which have the metrics, when stop strings ended requests before."""
+        """Wait for the last events of requests that stop strings ended: they have the metrics."""
         while self._live:
             try:
                 delivery = self._queue.get(timeout=seconds)
@@ -67,8 +67,9 @@ class RequestGroup:
         self.close()
 
     def close(self) -> None:
-        """Abort what still runs. Idempotent."""
+        """Abort what still runs; no more pieces come. Idempotent."""
         self._running = 0
+        self._ready.clear()
         while self._live:
             request_id, (_, request) = self._live.popitem()
             if request.finished:
@@ -97,7 +98,8 @@ class RequestGroup:
 class TokenStream:
     """Iterator over a request's pieces; the last of each sample has its finish_reason.
 
-    `close()`, leaving a `with` block, an exception while waiting, and dropping the stream all abort the request.
+    `close()`, leaving a `with` block, an exception while waiting, and dropping the stream all abort the
+    request.
     """
 
     def __init__(self, dispatcher: Dispatcher, request: Request, arguments: dict[str, Any]) -> None:
@@ -125,7 +127,8 @@ class TokenStream:
 
 
 class AsyncTokenStream:
-    """`TokenStream` for asyncio: `async for piece in stream`. Cancelling the task that waits aborts the request.
+    """`TokenStream` for asyncio: `async for piece in stream`. Cancelling the task that waits aborts the
+    request.
 
     Belongs to the loop that was running when it was made.
     """
@@ -192,7 +195,7 @@ class AsyncTokenStream:
 
 
 class Mailbox:
-    """What arrived for one stream. The loop's sink holds this, not the stream, so a dropped stream goes at once."""
+    """What arrived for one stream. The sink holds this, not the stream, so a dropped stream goes at once."""
 
     def __init__(self) -> None:
         self.items: deque[Event | BaseException] = deque()

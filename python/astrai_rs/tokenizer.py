@@ -22,16 +22,16 @@ class AutoTokenizer:
     >>> tokenizer.decode(tokenizer.encode("Hello"))                          # doctest: +SKIP
     'Hello'
 
-    Special tokens are also attributes, as in AstrAI: `tokenizer.eos`, `tokenizer.eos_id`, `tokenizer.pad_token_id`;
-    an `…_id` that the model does not have is None.
+    Special tokens are also attributes, as in AstrAI: `tokenizer.eos`, `tokenizer.eos_id`,
+    `tokenizer.pad_token_id`; an `…_id` that the model does not have is None.
 
     Args:
         backend: the `tokenizers.Tokenizer`; truncation and padding are switched off.
         special_tokens: name → literal, `{"eos_token": "</s>", …}`.
         stop_ids: the ids that end a generation.
         chat_template: Jinja text, `{name: text}`, or None.
-        astrai: an AstrAI folder: its chat templates are plain Jinja (no block trimming) and the rendered text is
-            encoded with special tokens, as AstrAI does.
+        astrai: an AstrAI folder: its chat templates are plain Jinja (no block trimming) and the rendered text
+            is encoded with special tokens, as AstrAI does.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class AutoTokenizer:
         self._astrai = astrai
         self._texts: dict[int, str] = {}
         self.stop_ids = list(stop_ids)
-        """Ids that end a generation: the union of every eos id that config, generation config and tokenizer name."""
+        """Ids that end a generation: the union of all eos ids of config, generation config and tokenizer."""
         self.chat_template: ChatTemplate | None = None
         if chat_template is not None:
             self.set_chat_template(chat_template)
@@ -213,12 +213,14 @@ class AutoTokenizer:
         continue_final_message: bool | str = False,
         **kwargs: Any,
     ) -> Any:
-        """The ids (or, with `tokenize=False`, the text) of a conversation; of a list of conversations, a list.
+        """The ids (or, with `tokenize=False`, the text) of a conversation; of a list of conversations, a
+        list.
 
         Args:
             messages: dicts with `role` and `content`.
             tools: JSON schemas of functions. (A string here is AstrAI's `system_prompt`.)
-            add_generation_prompt: end with the header of an assistant message; off with continue_final_message.
+            add_generation_prompt: end with the header of an assistant message; off with
+                continue_final_message.
             system_prompt: put this system message first.
             chat_template: Jinja text to use instead of the model's, or the name of one of its templates.
             kwargs: variables for the template, such as `enable_thinking`.
@@ -288,7 +290,8 @@ class AutoTokenizer:
         return self._backend
 
     def __getattr__(self, name: str) -> Any:
-        # Only called for names that are not there: `tok.eos`, `tok.eos_token`, `tok.eos_id`, `tok.eos_token_id`.
+        # Only called for names that are not there: `tok.eos`, `tok.eos_token`, `tok.eos_id`,
+        # `tok.eos_token_id`.
         if not name.startswith("_"):
             if (literal := self._special_token(name)) is not None:
                 return literal
@@ -369,7 +372,8 @@ def _stop_ids(
 ) -> list[int]:
     """The union of all eos ids. In an AstrAI folder, the mapped tokens that end something.
 
-    AstrAI itself stops on every mapped special token, also on begin and padding tokens, which no text ends with.
+    AstrAI itself stops on every mapped special token, also on begin and padding tokens, which no text ends
+    with.
     """
     model = _read_json(folder / "config.json")
     sources = (model, model.get("text_config") or {}, _read_json(folder / "generation_config.json"))

