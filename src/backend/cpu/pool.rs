@@ -216,3 +216,70 @@ impl Drop for Pool {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_chunk_runs_once() {
+        for threads in [1, 2, 5] {
+            let pool = Pool::new(threads).expect("threads start");
+            for chunks in [0, 1, 2, 3, 100] {
+                for _ in 0..50 {
+                    let counts: Vec<_> = (0..chunks).map(|_| AtomicUsize::new(0)).collect();
+                    pool.run(chunks, &|i| {
+                        counts[i].fetch_add(1, Ordering::Relaxed);
+                    });
+                    assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
+        let pool = Pool::new(3).expect("threads start");
+        for bad in 0..20 {
+            let result = catch_unwind(AssertUnwindSafe(|| {
+                pool.run(20, &|i| assert!(i != bad, "chunk {i} fails"));
+            }));
+            let payload = result.expect_err("the panic of a chunk");
+            let message = payload.downcast_ref::<String>().expect("a formatted message");
+            assert_eq!(message, &format!("chunk {bad} fails"));
+            let sum = AtomicUsize::new(0);
+            pool.run(10, &|i| {
+                sum.fetch_add(i, Ordering::Relaxed);
+            });
+            assert_eq!(sum.into_inner(), 45);
+        }
+    }
+
+    #[test]
+    fn nested_and_concurrent_runs_finish() {
+        let pool = Pool::new(3).expect("threads start");
+        let sum = AtomicUsize::new(0);
+        let add = |i: usize| {
+            sum.fetch_add(i, Ordering::Relaxed);
+        };
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| pool.run(50, &|_| pool.run(3, &add)));
+            }
+        });
+        assert_eq!(sum.into_inner(), 4 * 50 * 3);
+    }
+
+    #[test]
+    fn a_parked_worker_wakes_or_is_not_needed() {
+        let pool = Pool::new(2).expect("threads start");
+        for _ in 0..5 {
+            std::thread::sleep(std::time::Duration::from_millis(2));
+            let sum = AtomicUsize::new(0);
+            pool.run(64, &|_| {
+                sum.fetch_add(1, Ordering::Relaxed);
+            });
+            assert_eq!(sum.into_inner(), 64);
+        }
+    }
+}
