@@ -1,0 +1,359 @@
+//! The arithmetic of paged attention: one block of queries against one tile of 64 tokens.
+//!
+//! Scores: `[query][16 tokens]`, one lane per token, as keys are stored `[dim][16 tokens]`. Softmax is
+//! online: a greatest score, a sum and an unnormalised output per query. Outputs: one lane per
+//! dimension, as values are stored `[token][dim]`. Tokens that a query does not see have weight zero,
+//! and a tile of which it sees none changes nothing, bit for bit.
+#![allow(unsafe_code)] // Keys and values are read through raw pointers.
+
+use super::attention::TILE;
+use super::lanes::{Element, LANES, Lanes};
+use crate::config::BLOCK_SIZE;
+
+const _: () = assert!(BLOCK_SIZE == LANES, "a page's tokens are the lanes of a score");
+
+const PAGES: usize = TILE / BLOCK_SIZE;
+/// Row of scores: a tile, and a page that is written when pages are taken two at a time.
+const SCORES: usize = TILE + BLOCK_SIZE;
+
+/// Queries that are computed together.
+pub(super) struct Block {
+    /// First slot in the [`State`].
+    first: usize,
+    /// Slots; the last ones may be empty.
+    pub(super) m: usize,
+    /// `[dim][slot]`.
+    queries: Vec<f32>,
+    /// First and last position that each slot sees; an empty slot sees none.
+    seen: [(usize, usize); 8],
+    /// First and last position that any slot sees.
+    bounds: (usize, usize),
+}
+
+impl Block {
+    pub(super) fn new(first: usize, m: usize, dim: usize) -> Self {
+        let none = (usize::MAX, 0);
+        Self { first, m, queries: vec![0.0; m * dim], seen: [none; 8], bounds: none }
+    }
+
+    pub(super) fn set(&mut self, slot: usize, query: &[f32], scale: f32, seen: (usize, usize)) {
+        for (d, &q) in query.iter().enumerate() {
+            self.queries[d * self.m + slot] = q * scale;
+        }
+        self.seen[slot] = seen;
+        self.bounds = (self.bounds.0.min(seen.0), self.bounds.1.max(seen.1));
+    }
+}
+
+/// Keys and values of 64 positions.
+pub(super) struct Tile<E> {
+    /// Position of the first token, a multiple of 64.
+    pub(super) start: usize,
+    /// Keys `[dim][16]` and values `[16][row]` of each page.
+    pub(super) pages: [(*const E, *const E); PAGES],
+    /// Distance of two tokens' values.
+    pub(super) row: usize,
+}
+
+/// Keys and values of a tile as f32.
+pub(super) struct Scratch(Vec<f32>);
+
+impl Scratch {
+    pub(super) fn new(dim: usize, padded: usize) -> Self {
+        let row = if dim == 0 { 0 } else { dim + padded };
+        Self(vec![0.0; TILE * row])
+    }
+
+    /// Widens the pages; rows of values become `padded` long, the padding stays zero.
+    #[inline(always)]
+    pub(super) fn widen<L: Lanes, E: Element>(
+        &mut self,
+        pages: &[(*const E, *const E); PAGES],
+        dim: usize,
+        padded: usize,
+    ) -> [(*const f32, *const f32); PAGES] {
+        let (all_keys, all_values) = self.0.split_at_mut(TILE * dim);
+        std::array::from_fn(|i| {
+            let keys = &mut all_keys[i * BLOCK_SIZE * dim..][..BLOCK_SIZE * dim];
+            let values = &mut all_values[i * BLOCK_SIZE * padded..][..BLOCK_SIZE * padded];
+            // SAFETY: a page holds 16 * dim keys and as many values.
+            unsafe {
+                for (d, keys) in keys.chunks_exact_mut(LANES).enumerate() {
+                    E::load::<L>(pages[i].0.add(d * LANES)).store(keys.as_mut_ptr());
+                }
+                for (token, values) in values.chunks_exact_mut(padded).enumerate() {
+                    widen_row::<L, E>(pages[i].1.add(token * dim), &mut values[..dim]);
+                }
+            }
+            (keys.as_ptr(), values.as_ptr())
+        })
+    }
+}
+
+/// # Safety
+/// `from` is valid for reads of `to.len()` numbers.
+#[inline(always)]
+unsafe fn widen_row<L: Lanes, E: Element>(from: *const E, to: &mut [f32]) {
+    let whole = to.len() / LANES * LANES;
+    // SAFETY: the caller's contract.
+    unsafe {
+        for i in (0..whole).step_by(LANES) {
+            E::load::<L>(from.add(i)).store(to[i..i + LANES].as_mut_ptr());
+        }
+        for (i, to) in to.iter_mut().enumerate().skip(whole) {
+            *to = from.add(i).read().widen();
+        }
+    }
+}
+
+/// Greatest score, sum of weights and weighted sum of values, per slot.
+pub(super) struct State {
+    greatest: Vec<f32>,
+    /// `[slot][16]`: added up at the end.
+    sums: Vec<f32>,
+    /// `[slot][padded]`.
+    outputs: Vec<f32>,
+    padded: usize,
+}
+
+impl State {
+    pub(super) fn new(slots: usize, padded: usize) -> Self {
+        Self {
+            greatest: vec![f32::NEG_INFINITY; slots],
+            sums: vec![0.0; slots * LANES],
+            outputs: vec![0.0; slots * padded],
+            padded,
+        }
+    }
+
+    /// Takes the tile in for all queries of the block.
+    #[inline(always)]
+    pub(super) fn update<L: Lanes, E: Element>(&mut self, block: &Block, tile: &Tile<E>) {
+        let (first, last) = block.bounds;
+        let start = first.saturating_sub(tile.start);
+        if last < tile.start || start >= TILE {
+            return;
+        }
+        let tokens = (start, (last + 1 - tile.start).min(TILE));
+        match (L::WIDE, block.m) {
+            (true, 1) => self.update_block::<L, E, 1, 2>(block, tile, tokens),
+            (true, 2) => self.update_block::<L, E, 2, 2>(block, tile, tokens),
+            (true, 4) => self.update_block::<L, E, 4, 2>(block, tile, tokens),
+            (true, _) => self.update_block::<L, E, 8, 2>(block, tile, tokens),
+            (false, 1) => self.update_block::<L, E, 1, 1>(block, tile, tokens),
+            (false, 2) => self.update_block::<L, E, 2, 1>(block, tile, tokens),
+            (false, _) => self.update_block::<L, E, 4, 1>(block, tile, tokens),
+        }
+    }
+
+    #[inline(always)]
+    fn update_block<L: Lanes, E: Element, const M: usize, const T: usize>(
+        &mut self,
+        block: &Block,
+        tile: &Tile<E>,
+        (start, end): (usize, usize),
+    ) {
+        let mut scores = [[0.0; SCORES]; M];
+        let pages = (start / BLOCK_SIZE, end.div_ceil(BLOCK_SIZE));
+        for page in (pages.0..pages.1).step_by(T) {
+            let keys = std::array::from_fn(|t| tile.pages[(page + t).min(pages.1 - 1)].0);
+            score_pages::<L, E, M, T>(&block.queries, keys, page * BLOCK_SIZE, &mut scores);
+        }
+        let mut decay = [1.0; M];
+        for slot in 0..M {
+            let masks = Masks { seen: block.seen[slot], start: tile.start, pages };
+            let slot_state = (
+                &mut self.greatest[block.first + slot],
+                &mut self.sums[(block.first + slot) * LANES..],
+            );
+            decay[slot] = masks.softmax::<L>(&mut scores[slot], slot_state);
+        }
+        let outputs = &mut self.outputs[block.first * self.padded..][..M * self.padded];
+        for d in (0..self.padded).step_by(T * LANES) {
+            weigh_values::<L, E, M, T>(tile, (start, end), d, (&scores, &decay), outputs);
+        }
+    }
+
+    /// Adds the state of the next span.
+    #[inline(always)]
+    pub(super) fn merge<L: Lanes>(&mut self, next: &Self) {
+        let exp = |x: f32| {
+            let mut lanes = [0.0; LANES];
+            // SAFETY: 16 values.
+            unsafe { L::splat(x).exp().store(lanes.as_mut_ptr()) };
+            lanes[0]
+        };
+        for slot in 0..self.greatest.len() {
+            let (a, b) = (self.greatest[slot], next.greatest[slot]);
+            if b == f32::NEG_INFINITY {
+                continue;
+            }
+            let greatest = if a > b { a } else { b };
+            self.greatest[slot] = greatest;
+            let first = a == f32::NEG_INFINITY;
+            let (keep, take) = (exp(a - greatest), exp(b - greatest));
+            let blend = |to: &mut [f32], from: &[f32]| {
+                if first {
+                    return to.copy_from_slice(from);
+                }
+                to.iter_mut().zip(from).for_each(|(to, from)| *to = *to * keep + *from * take);
+            };
+            let (sums, outputs) =
+                (slot * LANES..(slot + 1) * LANES, slot * self.padded..(slot + 1) * self.padded);
+            blend(&mut self.sums[sums.clone()], &next.sums[sums]);
+            blend(&mut self.outputs[outputs.clone()], &next.outputs[outputs]);
+        }
+    }
+
+    /// Writes the normalised output of a slot.
+    pub(super) fn finish(&self, slot: usize, out: &mut [f32]) {
+        let total: f32 = self.sums[slot * LANES..(slot + 1) * LANES].iter().sum();
+        let scale = 1.0 / total;
+        for (out, x) in out.iter_mut().zip(&self.outputs[slot * self.padded..]) {
+            *out = x * scale;
+        }
+    }
+}
+
+/// Writes the products of all queries with the keys of `T` pages to `scores[..][at..]`.
+#[inline(always)]
+fn score_pages<L: Lanes, E: Element, const M: usize, const T: usize>(
+    queries: &[f32],
+    keys: [*const E; T],
+    at: usize,
+    scores: &mut [[f32; SCORES]; M],
+) {
+    let mut sums = [[L::splat(0.0); T]; M];
+    for (d, queries) in queries.chunks_exact(M).enumerate() {
+        // SAFETY: a page holds 16 keys for each of the dimensions that a query has.
+        let keys: [L; T] = std::array::from_fn(|t| unsafe { E::load(keys[t].add(d * LANES)) });
+        for m in 0..M {
+            let query = L::splat(queries[m]);
+            for t in 0..T {
+                sums[m][t] = keys[t].fma(query, sums[m][t]);
+            }
+        }
+    }
+    for (sums, scores) in sums.iter().zip(scores) {
+        for (sum, scores) in sums.iter().zip(scores[at..].chunks_exact_mut(LANES)) {
+            // SAFETY: a chunk is 16 values.
+            unsafe { sum.store(scores.as_mut_ptr()) }
+        }
+    }
+}
+
+/// What one query sees of the pages `pages.0..pages.1` of a tile.
+pub(super) struct Masks {
+    seen: (usize, usize),
+    start: usize,
+    pages: (usize, usize),
+}
+
+impl Masks {
+    /// Bit `i` is set when position `page + i` lies in `first..=last`.
+    #[inline(always)]
+    pub(super) fn of(page: usize, first: usize, last: usize) -> u16 {
+        let start = first.saturating_sub(page).min(LANES);
+        let end = (last + 1).saturating_sub(page).min(LANES);
+        (((1u32 << end) - 1) & !((1u32 << start) - 1)) as u16
+    }
+
+    #[inline(always)]
+    fn page(&self, index: usize) -> u16 {
+        Self::of(self.start + index * BLOCK_SIZE, self.seen.0, self.seen.1)
+    }
+
+    /// Turns the scores of a query into weights and updates its greatest score and sums; returns the
+    /// factor that the earlier outputs still have to be multiplied with.
+    #[inline(always)]
+    fn softmax<L: Lanes>(
+        &self,
+        scores: &mut [f32; SCORES],
+        (greatest, sums): (&mut f32, &mut [f32]),
+    ) -> f32 {
+        let none = L::splat(f32::NEG_INFINITY);
+        let mut top = none;
+        let mut any = 0;
+        for page in self.pages.0..self.pages.1 {
+            // SAFETY: a page has 16 scores.
+            let score = unsafe { L::load(scores[page * LANES..][..LANES].as_ptr()) };
+            any |= self.page(page);
+            top = top.max(score.select(self.page(page), none));
+        }
+        if any == 0 {
+            scores.fill(0.0);
+            return 1.0;
+        }
+        let before = *greatest;
+        *greatest = before.max(top.greatest());
+        let mut decay = [0.0; LANES];
+        let sums: &mut [f32] = &mut sums[..LANES];
+        // SAFETY: all are 16 values.
+        unsafe {
+            let factor = L::splat(before - *greatest).exp();
+            factor.store(decay.as_mut_ptr());
+            let mut sum = L::load(sums.as_ptr()).mul(factor);
+            for page in self.pages.0..self.pages.1 {
+                let scores = &mut scores[page * LANES..][..LANES];
+                let weight = L::load(scores.as_ptr()).sub(L::splat(*greatest)).exp();
+                let weight = weight.select(self.page(page), L::splat(0.0));
+                weight.store(scores.as_mut_ptr());
+                sum = sum.add(weight);
+            }
+            sum.store(sums.as_mut_ptr());
+        }
+        decay[0]
+    }
+}
+
+/// `outputs[..][d..] = outputs * decay + weights · values` for `T` vectors of dimensions.
+#[inline(always)]
+fn weigh_values<L: Lanes, E: Element, const M: usize, const T: usize>(
+    tile: &Tile<E>,
+    (start, end): (usize, usize),
+    d: usize,
+    (weights, decay): (&[[f32; SCORES]; M], &[f32; M]),
+    outputs: &mut [f32],
+) {
+    let padded = outputs.len() / M;
+    let at = |m: usize, t: usize| m * padded + d + t * LANES;
+    let mut sums: [[L; T]; M] = std::array::from_fn(|m| {
+        std::array::from_fn(|t| {
+            // SAFETY: the slice is 16 values.
+            let before = unsafe { L::load(outputs[at(m, t)..][..LANES].as_ptr()) };
+            before.mul(L::splat(decay[m]))
+        })
+    });
+    for token in start..end {
+        let values =
+            tile.pages[token / BLOCK_SIZE].1.wrapping_add(token % BLOCK_SIZE * tile.row + d);
+        // SAFETY: rows are `tile.row` long, which is whole pairs of vectors.
+        let values: [L; T] = std::array::from_fn(|t| unsafe { E::load(values.add(t * LANES)) });
+        for m in 0..M {
+            let weight = L::splat(weights[m][token]);
+            for t in 0..T {
+                sums[m][t] = values[t].fma(weight, sums[m][t]);
+            }
+        }
+    }
+    for (m, sums) in sums.iter().enumerate() {
+        for (t, sum) in sums.iter().enumerate() {
+            // SAFETY: as above.
+            unsafe { sum.store(outputs[at(m, t)..][..LANES].as_mut_ptr()) }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn masks_select_what_a_row_sees() {
+        assert_eq!(Masks::of(16, 0, 40), 0xffff);
+        assert_eq!(Masks::of(16, 20, 22), 0b111_0000);
+        assert_eq!(Masks::of(16, 0, 15), 0);
+        assert_eq!(Masks::of(16, 32, 40), 0);
+        assert_eq!(Masks::of(0, 0, 0), 1);
+    }
+}

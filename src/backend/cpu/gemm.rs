@@ -1,0 +1,390 @@
+//! The inner kernel of a projection: up to 12 rows of `x` times one panel of weights.
+//!
+//! One code path serves one row and many. Each output adds its products in the order of `k`: within
+//! a block into a partial sum, which a quantised block then scales onto the total. So a row's result
+//! does not depend on the rows that are computed with it.
+#![allow(unsafe_code)] // Weights and activations are read through raw pointers.
+
+use std::marker::PhantomData;
+
+use half::f16;
+
+use super::lanes::{Element, LANES, Lanes};
+use super::pack::PANEL;
+#[cfg(target_arch = "x86_64")]
+use super::x86::{Avx512, Pairs};
+
+/// How weights and activations multiply. Activations are 32-bit words, one per step.
+pub(super) trait Product {
+    type L: Lanes;
+    /// Weights of a tile's 16 rows at one step.
+    type Weights: Copy;
+    /// An activation, in all lanes.
+    type X: Copy;
+    /// `k` per step.
+    const STEP: usize;
+
+    /// # Safety
+    /// `p` is valid for a read.
+    unsafe fn broadcast(p: *const u32) -> Self::X;
+    fn multiply(weights: Self::Weights, x: Self::X, sum: Self::L) -> Self::L;
+}
+
+/// f32 weights times f32 activations.
+pub(super) struct Exact<L>(PhantomData<L>);
+
+impl<L: Lanes> Product for Exact<L> {
+    type L = L;
+    type Weights = L;
+    type X = L;
+    const STEP: usize = 1;
+
+    #[inline(always)]
+    unsafe fn broadcast(p: *const u32) -> L {
+        // SAFETY: the caller's contract.
+        L::splat(f32::from_bits(unsafe { *p }))
+    }
+    #[inline(always)]
+    fn multiply(weights: L, x: L, sum: L) -> L {
+        weights.fma(x, sum)
+    }
+}
+
+/// Pairs of bf16 times pairs of bf16, summed in f32.
+#[cfg(target_arch = "x86_64")]
+pub(super) struct PairProduct;
+
+#[cfg(target_arch = "x86_64")]
+impl Product for PairProduct {
+    type L = Avx512;
+    type Weights = Pairs;
+    type X = Pairs;
+    const STEP: usize = 2;
+
+    #[inline(always)]
+    unsafe fn broadcast(p: *const u32) -> Pairs {
+        // SAFETY: the caller's contract.
+        unsafe { Pairs::broadcast(p) }
+    }
+    #[inline(always)]
+    fn multiply(weights: Pairs, x: Pairs, sum: Avx512) -> Avx512 {
+        weights.dot(x, sum)
+    }
+}
+
+/// How the weights of a panel are read (see [`super::pack`] for the layout).
+pub(super) trait Source<P: Product> {
+    /// What is loaded once for all steps of a group.
+    type Raw: Copy;
+    /// f16 vectors in front of each block: none, scales, or scales and minima.
+    const SCALES: usize;
+    /// Groups per block.
+    const GROUPS: usize;
+    /// Steps per group, at most 8.
+    const STEPS: usize;
+    /// Bytes of a group, both tiles.
+    const BYTES: usize;
+
+    /// # Safety
+    /// `group` points to a whole group; `tile` is 0 or 1.
+    unsafe fn raw(group: *const u8, tile: usize) -> Self::Raw;
+    /// # Safety
+    /// `raw` was made of a group that is still there, and `step` is below `STEPS`.
+    unsafe fn weights(raw: Self::Raw, step: usize) -> P::Weights;
+}
+
+/// Numbers that widen to f32; `SCALES` 1 for Q8_0.
+pub(super) struct Plain<E, const SCALES: usize, const GROUPS: usize>(PhantomData<E>);
+
+impl<L: Lanes, E: Element, const SCALES: usize, const GROUPS: usize> Source<Exact<L>>
+    for Plain<E, SCALES, GROUPS>
+{
+    type Raw = *const E;
+    const SCALES: usize = SCALES;
+    const GROUPS: usize = GROUPS;
+    const STEPS: usize = 8;
+    const BYTES: usize = 8 * PANEL * size_of::<E>();
+
+    #[inline(always)]
+    unsafe fn raw(group: *const u8, tile: usize) -> *const E {
+        group.cast::<E>().wrapping_add(tile * LANES)
+    }
+    #[inline(always)]
+    unsafe fn weights(raw: *const E, step: usize) -> L {
+        // SAFETY: the caller's contract; a group holds 8 steps of two tiles.
+        unsafe { E::load(raw.add(step * PANEL)) }
+    }
+}
+
+/// 4-bit numbers: Q4_0 with `OFFSET` 8, Q4_1 with 0.
+pub(super) struct Nibbles<const OFFSET: usize>;
+
+impl<L: Lanes, const OFFSET: usize> Source<Exact<L>> for Nibbles<OFFSET> {
+    type Raw = L::Bits;
+    const SCALES: usize = if OFFSET == 0 { 2 } else { 1 };
+    const GROUPS: usize = 4;
+    const STEPS: usize = 8;
+    const BYTES: usize = PANEL * 4;
+
+    #[inline(always)]
+    unsafe fn raw(group: *const u8, tile: usize) -> L::Bits {
+        // SAFETY: the caller's contract; a tile has 64 bytes.
+        unsafe { L::load_bits(group.cast::<u32>().add(tile * LANES)) }
+    }
+    #[inline(always)]
+    unsafe fn weights(raw: L::Bits, step: usize) -> L {
+        let shift = 16 * (step % 2) + 4 * (step / 2);
+        L::nibble(raw, shift as u32, OFFSET as f32)
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl<const OFFSET: usize> Source<PairProduct> for Nibbles<OFFSET> {
+    type Raw = Pairs;
+    const SCALES: usize = if OFFSET == 0 { 2 } else { 1 };
+    const GROUPS: usize = 4;
+    const STEPS: usize = 4;
+    const BYTES: usize = PANEL * 4;
+
+    #[inline(always)]
+    unsafe fn raw(group: *const u8, tile: usize) -> Pairs {
+        // SAFETY: the caller's contract; a tile has 64 bytes.
+        unsafe { Pairs::load(group.add(tile * 64)) }
+    }
+    #[inline(always)]
+    unsafe fn weights(raw: Pairs, step: usize) -> Pairs {
+        raw.nibble::<OFFSET>(step)
+    }
+}
+
+/// Pairs of bf16.
+#[cfg(target_arch = "x86_64")]
+pub(super) struct DensePairs;
+
+#[cfg(target_arch = "x86_64")]
+impl Source<PairProduct> for DensePairs {
+    type Raw = *const u8;
+    const SCALES: usize = 0;
+    const GROUPS: usize = 1;
+    const STEPS: usize = 4;
+    const BYTES: usize = PANEL * 16;
+
+    #[inline(always)]
+    unsafe fn raw(group: *const u8, tile: usize) -> *const u8 {
+        group.wrapping_add(tile * 64)
+    }
+    #[inline(always)]
+    unsafe fn weights(raw: *const u8, step: usize) -> Pairs {
+        // SAFETY: the caller's contract; a step has 128 bytes.
+        unsafe { Pairs::load(raw.add(step * 128)) }
+    }
+}
+
+/// Pairs of i8 with scales.
+#[cfg(target_arch = "x86_64")]
+pub(super) struct BytePairs;
+
+#[cfg(target_arch = "x86_64")]
+impl Source<PairProduct> for BytePairs {
+    type Raw = *const u8;
+    const SCALES: usize = 1;
+    const GROUPS: usize = 4;
+    const STEPS: usize = 4;
+    const BYTES: usize = PANEL * 8;
+
+    #[inline(always)]
+    unsafe fn raw(group: *const u8, tile: usize) -> *const u8 {
+        group.wrapping_add(tile * 32)
+    }
+    #[inline(always)]
+    unsafe fn weights(raw: *const u8, step: usize) -> Pairs {
+        // SAFETY: the caller's contract; a step has 64 bytes.
+        unsafe { Pairs::load_i8(raw.add(step * 64)) }
+    }
+}
+
+/// One panel times one group of rows.
+#[derive(Clone, Copy)]
+pub(super) struct PanelTask {
+    /// All blocks of the panel.
+    pub(super) panel: *const u8,
+    pub(super) blocks: usize,
+    /// Activations `[step][row]`.
+    pub(super) x: *const u32,
+    /// Sums of the activations of each block, `[block][row]`; read where there are minima.
+    pub(super) sums: *const f32,
+    /// The panel's bias, or null. As many as `cols`.
+    pub(super) bias: *const f32,
+    /// Output of the first row and the panel's first column.
+    pub(super) out: *mut f32,
+    /// Distance of two output rows.
+    pub(super) stride: usize,
+    /// Output rows and columns that exist, at most `M` and 32.
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+}
+
+impl PanelTask {
+    /// # Safety
+    /// The pointers are valid for what their comments say, with `m` rows of activations.
+    #[inline(always)]
+    pub(super) unsafe fn run<P: Product, S: Source<P>>(self, m: usize) {
+        // SAFETY: the caller's contract.
+        unsafe {
+            match (P::L::WIDE, m) {
+                (true, 1) => self.tiles::<P, S, 1, 2>(0),
+                (true, 2) => self.tiles::<P, S, 2, 2>(0),
+                (true, 4) => self.tiles::<P, S, 4, 2>(0),
+                (true, 8) => self.tiles::<P, S, 8, 2>(0),
+                (true, _) => self.tiles::<P, S, 12, 2>(0),
+                (false, 1) => self.both::<P, S, 1>(),
+                (false, 2) => self.both::<P, S, 2>(),
+                (false, 4) => self.both::<P, S, 4>(),
+                (false, _) => self.both::<P, S, 6>(),
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn both<P: Product, S: Source<P>, const M: usize>(self) {
+        for tile in 0..2 {
+            // SAFETY: the caller's contract.
+            unsafe { self.tiles::<P, S, M, 1>(tile) }
+        }
+    }
+
+    /// The tiles from `first` on.
+    #[inline(always)]
+    unsafe fn tiles<P: Product, S: Source<P>, const M: usize, const T: usize>(self, first: usize) {
+        let block_bytes = S::SCALES * PANEL * 2 + S::GROUPS * S::BYTES;
+        let mut total = [[P::L::splat(0.0); T]; M];
+        let mut x = self.x;
+        for block in 0..self.blocks {
+            // SAFETY: the panel holds `blocks` blocks, and `x` the steps of each.
+            unsafe {
+                let scales = self.panel.add(block * block_bytes);
+                let groups = scales.add(S::SCALES * PANEL * 2);
+                let mut part = if S::SCALES == 0 { total } else { [[P::L::splat(0.0); T]; M] };
+                for group in 0..S::GROUPS {
+                    let group = groups.add(group * S::BYTES);
+                    x = multiply_group::<P, S, M, T>(group, first, x, &mut part);
+                }
+                if S::SCALES == 0 {
+                    total = part;
+                } else {
+                    let sums = self.sums.wrapping_add(block * M);
+                    scale_block::<P, S, M, T>(scales.cast(), first, sums, (&part, &mut total));
+                }
+            }
+        }
+        // SAFETY: the caller's contract.
+        unsafe { self.write(first, &total) }
+    }
+
+    /// # Safety
+    /// `out` and `bias` are valid for `rows` and `cols`.
+    #[inline(always)]
+    unsafe fn write<L: Lanes, const M: usize, const T: usize>(
+        self,
+        first: usize,
+        total: &[[L; T]; M],
+    ) {
+        for (r, tiles) in total.iter().enumerate() {
+            if r >= self.rows {
+                break;
+            }
+            for (t, &lanes) in tiles.iter().enumerate() {
+                let col = (first + t) * LANES;
+                let cols = self.cols.saturating_sub(col).min(LANES);
+                // SAFETY: `r` is below `rows` and `col + cols` at most `self.cols`.
+                unsafe {
+                    let bias = if self.bias.is_null() {
+                        self.bias
+                    } else {
+                        self.bias.add(col.min(self.cols))
+                    };
+                    write_lanes(
+                        lanes,
+                        bias,
+                        self.out.add(r * self.stride + col.min(self.cols)),
+                        cols,
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// Adds the products of one group to `part`; returns the activations behind it.
+#[inline(always)]
+unsafe fn multiply_group<P: Product, S: Source<P>, const M: usize, const T: usize>(
+    group: *const u8,
+    first: usize,
+    x: *const u32,
+    part: &mut [[P::L; T]; M],
+) -> *const u32 {
+    // SAFETY: the caller hands a whole group and the activations of its steps.
+    let raw: [S::Raw; T] = std::array::from_fn(|t| unsafe { S::raw(group, first + t) });
+    macro_rules! step {
+        ($($step:literal)*) => {$(
+            if $step < S::STEPS {
+                // SAFETY: as above.
+                let weights: [P::Weights; T] =
+                    std::array::from_fn(|t| unsafe { S::weights(raw[t], $step) });
+                for r in 0..M {
+                    // SAFETY: as above.
+                    let x = unsafe { P::broadcast(x.add($step * M + r)) };
+                    for t in 0..T {
+                        part[r][t] = P::multiply(weights[t], x, part[r][t]);
+                    }
+                }
+            }
+        )*};
+    }
+    step!(0 1 2 3 4 5 6 7);
+    x.wrapping_add(S::STEPS * M)
+}
+
+/// `total += scale * part (+ minimum * sum of x)`.
+#[inline(always)]
+unsafe fn scale_block<P: Product, S: Source<P>, const M: usize, const T: usize>(
+    scales: *const f16,
+    first: usize,
+    sums: *const f32,
+    (part, total): (&[[P::L; T]; M], &mut [[P::L; T]; M]),
+) {
+    for t in 0..T {
+        // SAFETY: the caller hands `SCALES` times 32 numbers and, for minima, `M` sums.
+        unsafe {
+            let scale = P::L::load_f16(scales.add((first + t) * LANES));
+            for r in 0..M {
+                total[r][t] = scale.fma(part[r][t], total[r][t]);
+            }
+            if S::SCALES == 2 {
+                let minimum = P::L::load_f16(scales.add(PANEL + (first + t) * LANES));
+                for r in 0..M {
+                    total[r][t] = minimum.fma(P::L::splat(*sums.add(r)), total[r][t]);
+                }
+            }
+        }
+    }
+}
+
+/// Writes the first `cols` lanes, plus the bias unless that is null.
+#[inline(always)]
+unsafe fn write_lanes<L: Lanes>(lanes: L, bias: *const f32, out: *mut f32, cols: usize) {
+    // SAFETY: the caller hands pointers to `cols` values.
+    unsafe {
+        if cols == LANES {
+            let lanes = if bias.is_null() { lanes } else { lanes.add(L::load(bias)) };
+            lanes.store(out);
+            return;
+        }
+        let mut values = [0.0; LANES];
+        lanes.store(values.as_mut_ptr());
+        for (i, &value) in values[..cols].iter().enumerate() {
+            let bias = if bias.is_null() { 0.0 } else { *bias.add(i) };
+            *out.add(i) = value + bias;
+        }
+    }
+}

@@ -1,0 +1,313 @@
+//! Projections: rounds and rearranges the activations, then shares the panels among the threads.
+#![allow(unsafe_code)] // Threads write disjoint parts of one output; see `gemm` for the pointers.
+
+use std::ops::Range;
+use std::sync::PoisonError;
+
+use half::{bf16, f16};
+
+#[cfg(target_arch = "x86_64")]
+use super::gemm::{BytePairs, DensePairs, PairProduct};
+use super::gemm::{Exact, Nibbles, PanelTask, Plain, Product, Source};
+use super::lanes::Lanes;
+use super::memory::{Shared, written_by};
+use super::pack::{PANEL, Packed, Segment, block_len};
+use super::tier::{Kernel, Tier};
+#[cfg(target_arch = "x86_64")]
+use super::x86::{Avx512, Pairs};
+use super::{Arithmetic, Cpu};
+use crate::weights::Encoding;
+
+/// Activations that a block of rows may take; it stays in the second-level cache with a panel.
+const ROW_BLOCK_BYTES: usize = 256 << 10;
+
+/// `x · Wᵀ + bias` for `x`: `[rows, cols]` → `[rows, W.rows]`.
+pub(crate) fn linear(cpu: &Cpu, x: &[f32], weight: &Packed) -> Vec<f32> {
+    let rows = x.len() / weight.cols.max(1);
+    let groups = groups(rows, cpu.tier.is_wide());
+    let mut activations: Vec<_> = [Arithmetic::Exact, Arithmetic::Pairs]
+        .into_iter()
+        .filter(|&a| weight.segments.iter().any(|segment| segment.arithmetic == a))
+        .map(|arithmetic| Activations::new(cpu, x, weight, arithmetic, &groups))
+        .collect();
+    // SAFETY: every panel of every segment meets every group, so all outputs are written.
+    let out = unsafe {
+        written_by(rows * weight.rows, |out| multiply(cpu, weight, &groups, &activations, out))
+    };
+    let mut spare = cpu.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+    spare.extend(activations.drain(..).map(|a| a.words));
+    out
+}
+
+/// Rows that are computed together: `rows` of them, in `m` slots of which the last may be empty.
+struct Group {
+    start: usize,
+    rows: usize,
+    m: usize,
+}
+
+/// Cuts `rows` into full groups and a last one of the smallest size that fits.
+fn groups(rows: usize, wide: bool) -> Vec<Group> {
+    let sizes: &[usize] = if wide { &[1, 2, 4, 8, 12] } else { &[1, 2, 4, 6] };
+    let full = sizes[sizes.len() - 1];
+    (0..rows)
+        .step_by(full)
+        .map(|start| {
+            let rows = full.min(rows - start);
+            let m = sizes.iter().copied().find(|&m| m >= rows).unwrap_or(full);
+            Group { start, rows, m }
+        })
+        .collect()
+}
+
+/// Activations in the order that [`PanelTask`] reads: per group `[step][slot]` words, and
+/// `[block of 32][slot]` sums where a segment has minima.
+struct Activations {
+    arithmetic: Arithmetic,
+    words: Vec<u32>,
+    sums: Vec<f32>,
+    /// Words per slot.
+    steps: usize,
+    /// Sums per slot, or 0.
+    blocks: usize,
+}
+
+impl Activations {
+    fn new(
+        cpu: &Cpu,
+        x: &[f32],
+        weight: &Packed,
+        arithmetic: Arithmetic,
+        groups: &[Group],
+    ) -> Self {
+        let cols = weight.cols.next_multiple_of(8);
+        let steps = if arithmetic == Arithmetic::Pairs { cols / 2 } else { cols };
+        let minima = weight.segments.iter().any(|segment| segment.encoding == Encoding::Q4_1);
+        let blocks = if minima { cols / 32 } else { 0 };
+        let slots: usize = groups.iter().map(|group| group.m).sum();
+        let mut words =
+            cpu.scratch.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
+        words.resize(slots * steps, 0);
+        let mut sums = vec![0.0; slots * blocks];
+        let (shared_words, shared_sums) = (Shared::new(&mut words), Shared::new(&mut sums));
+        cpu.pool.run(groups.len(), &|index| {
+            let group = &groups[index];
+            // Every group before this one is full, so its slots are its rows.
+            // SAFETY: the parts of different groups are disjoint.
+            let (words, sums) = unsafe {
+                (
+                    shared_words.part(group.start * steps, group.m * steps),
+                    shared_sums.part(group.start * blocks, group.m * blocks),
+                )
+            };
+            let x = &x[group.start * weight.cols..][..group.rows * weight.cols];
+            run(cpu.tier, arithmetic, PackGroup { x, cols: weight.cols, m: group.m, words, sums });
+        });
+        Self { arithmetic, words, sums, steps, blocks }
+    }
+}
+
+/// A kernel that comes in two arithmetics.
+trait ProductKernel {
+    fn exact<L: Lanes>(self);
+    #[cfg(target_arch = "x86_64")]
+    fn pairs(self);
+}
+
+/// Runs `kernel` with the instructions of the tier.
+fn run<K: ProductKernel>(tier: Tier, arithmetic: Arithmetic, kernel: K) {
+    struct ExactKernel<K>(K);
+    impl<K: ProductKernel> Kernel for ExactKernel<K> {
+        #[inline(always)]
+        fn run<L: Lanes>(self) {
+            self.0.exact::<L>();
+        }
+    }
+    match arithmetic {
+        Arithmetic::Exact => tier.run(ExactKernel(kernel)),
+        // SAFETY: `Cpu::arithmetic` chooses pairs only in the tier that has the instruction.
+        #[cfg(target_arch = "x86_64")]
+        Arithmetic::Pairs => unsafe { run_pairs(kernel) },
+        #[cfg(not(target_arch = "x86_64"))]
+        Arithmetic::Pairs => unreachable!("`Cpu::arithmetic` never chooses pairs here"),
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
+fn run_pairs<K: ProductKernel>(kernel: K) {
+    kernel.pairs();
+}
+
+/// Rearranges the rows of one group.
+struct PackGroup<'a> {
+    x: &'a [f32],
+    cols: usize,
+    m: usize,
+    words: &'a mut [u32],
+    sums: &'a mut [f32],
+}
+
+impl PackGroup<'_> {
+    /// Calls `convert` for each row and 32 columns; it gets the columns (zeros behind the end), and
+    /// returns their words, of which the first `32 / step` count, and their sum.
+    #[inline(always)]
+    fn each(self, step: usize, convert: impl Fn(&[f32; 32]) -> ([u32; 32], f32)) {
+        let steps = self.words.len() / self.m;
+        for slot in 0..self.m {
+            let row = self.x.get(slot * self.cols..(slot + 1) * self.cols).unwrap_or(&[]);
+            for (block, first) in (0..steps).step_by(32 / step).enumerate() {
+                let mut columns = [0.0; 32];
+                let rest = row.get(block * 32..).unwrap_or(&[]);
+                let count = rest.len().min(32);
+                columns[..count].copy_from_slice(&rest[..count]);
+                let (words, sum) = convert(&columns);
+                for (i, &word) in words[..(32 / step).min(steps - first)].iter().enumerate() {
+                    self.words[(first + i) * self.m + slot] = word;
+                }
+                if !self.sums.is_empty() {
+                    self.sums[block * self.m + slot] = sum;
+                }
+            }
+        }
+    }
+}
+
+impl ProductKernel for PackGroup<'_> {
+    #[inline(always)]
+    fn exact<L: Lanes>(self) {
+        self.each(1, |columns| {
+            // SAFETY: two times 16 values.
+            let sum = unsafe { L::load(columns.as_ptr()).add(L::load(columns[16..].as_ptr())) };
+            (columns.map(f32::to_bits), sum.sum())
+        });
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn pairs(self) {
+        self.each(2, |columns| {
+            let mut words = [0; 32];
+            // SAFETY: 32 values are rounded to 16 words, and read back as two times 16 bf16.
+            let sum = unsafe {
+                Pairs::round(columns.as_ptr(), words.as_mut_ptr());
+                let rounded = words.as_ptr().cast::<bf16>();
+                Avx512::load_bf16(rounded).add(Avx512::load_bf16(rounded.add(16)))
+            };
+            (words, sum.sum())
+        });
+    }
+}
+
+/// Shares the work: a task is some consecutive panels times a block of rows.
+fn multiply(cpu: &Cpu, weight: &Packed, groups: &[Group], x: &[Activations], out: Shared<f32>) {
+    let row_bytes = weight.cols.max(1)
+        * if x.iter().any(|x| x.arithmetic == Arithmetic::Exact) { 4 } else { 2 };
+    let block = (ROW_BLOCK_BYTES / (row_bytes * 12)).max(1);
+    let row_blocks: Vec<_> = groups.chunks(block).collect();
+    let panels: usize = weight.segments.iter().map(Segment::panels).sum();
+    let tasks = (cpu.pool.threads() * 8).div_ceil(row_blocks.len().max(1));
+    let chunk = panels.div_ceil(tasks).max(1);
+    let chunks = panels.div_ceil(chunk);
+    cpu.pool.run(chunks * row_blocks.len(), &|index| {
+        let groups = row_blocks[index % row_blocks.len()];
+        let start = index / row_blocks.len() * chunk;
+        let mut offset = 0;
+        for segment in &weight.segments {
+            let end = offset + segment.panels();
+            let range = start.max(offset)..(start + chunk).min(end);
+            if !range.is_empty() {
+                let panels = range.start - offset..range.end - offset;
+                let x = x
+                    .iter()
+                    .find(|x| x.arithmetic == segment.arithmetic)
+                    .expect("`linear` makes the activations of every segment");
+                run(
+                    cpu.tier,
+                    segment.arithmetic,
+                    Panels { weight, segment, panels, groups, x, out },
+                );
+            }
+            offset = end;
+        }
+    });
+}
+
+/// Consecutive panels of one segment times a block of rows.
+struct Panels<'a> {
+    weight: &'a Packed,
+    segment: &'a Segment,
+    panels: Range<usize>,
+    groups: &'a [Group],
+    x: &'a Activations,
+    out: Shared<f32>,
+}
+
+impl ProductKernel for Panels<'_> {
+    #[inline(always)]
+    fn exact<L: Lanes>(self) {
+        match self.segment.encoding {
+            Encoding::F32 => self.each::<Exact<L>, Plain<f32, 0, 1>>(),
+            Encoding::F16 => self.each::<Exact<L>, Plain<f16, 0, 1>>(),
+            Encoding::BF16 => self.each::<Exact<L>, Plain<bf16, 0, 1>>(),
+            Encoding::Q4_0 => self.each::<Exact<L>, Nibbles<8>>(),
+            Encoding::Q4_1 => self.each::<Exact<L>, Nibbles<0>>(),
+            Encoding::Q8_0 => self.each::<Exact<L>, Plain<i8, 1, 4>>(),
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn pairs(self) {
+        match self.segment.encoding {
+            Encoding::BF16 => self.each::<PairProduct, DensePairs>(),
+            Encoding::Q4_0 => self.each::<PairProduct, Nibbles<8>>(),
+            Encoding::Q4_1 => self.each::<PairProduct, Nibbles<0>>(),
+            Encoding::Q8_0 => self.each::<PairProduct, BytePairs>(),
+            Encoding::F32 | Encoding::F16 => {
+                unreachable!("`Cpu::arithmetic` computes f32 and f16 weights exactly")
+            }
+        }
+    }
+}
+
+impl Panels<'_> {
+    #[inline(always)]
+    fn each<P: Product, S: Source<P>>(self) {
+        let Self { weight, segment, x, .. } = self;
+        let blocks = weight.cols.div_ceil(block_len(segment.encoding));
+        let steps = block_len(segment.encoding) / P::STEP;
+        assert_eq!(steps, S::GROUPS * S::STEPS, "the source reads whole blocks");
+        assert_eq!(steps * blocks, x.steps, "the activations have the steps of the panel");
+        for panel in self.panels.clone() {
+            let col = segment.start + panel * PANEL;
+            let cols = (segment.rows - panel * PANEL).min(PANEL);
+            let bytes = segment.panel(panel);
+            for group in self.groups {
+                let sums = if S::SCALES == 2 {
+                    x.sums[group.start * x.blocks..].as_ptr()
+                } else {
+                    std::ptr::null()
+                };
+                let task = PanelTask {
+                    panel: bytes.as_ptr(),
+                    blocks,
+                    x: x.words[group.start * x.steps..][..group.m * x.steps].as_ptr(),
+                    sums,
+                    bias: weight
+                        .bias
+                        .get(col..col + cols)
+                        .map_or(std::ptr::null(), <[f32]>::as_ptr),
+                    out: self.out.at(group.start * weight.rows + col),
+                    stride: weight.rows,
+                    rows: group.rows,
+                    cols,
+                };
+                // SAFETY: the panel holds all blocks by `Segment::stride`; the activations hold all
+                // steps as asserted, and a sum per block; the output has `group.rows` rows from
+                // `group.start` on and `cols` columns from `col` on, and no other task has them.
+                unsafe { task.run::<P, S>(group.m) }
+            }
+        }
+    }
+}

@@ -1,0 +1,86 @@
+//! The CPU's kernels: packed weights, SIMD tiers chosen at run time, a thread pool.
+#![allow(clippy::inline_always)] // A kernel only gets its CPU features by being inlined; see `tier`.
+
+mod attention;
+mod attention_tile;
+mod gemm;
+mod lanes;
+mod linear;
+mod memory;
+mod pack;
+mod pool;
+mod rope;
+mod rows;
+mod tier;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+use std::sync::Mutex;
+
+pub(crate) use attention::{Attention, attention};
+pub(crate) use linear::linear;
+pub(crate) use pack::{Packed, pack};
+pub(crate) use rope::{Rope, rope, write_pages};
+pub(crate) use rows::{add_rms_norm, gated_silu, rms_norm, sigmoid_gate};
+pub(crate) use tier::Tier;
+
+use crate::config::DType;
+use crate::error::{Error, Result};
+use crate::weights::Encoding;
+
+/// How a projection multiplies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Arithmetic {
+    /// f32 activations and sums; weights as stored.
+    Exact,
+    /// Activations rounded to bf16, exact products, f32 sums; weights as stored.
+    Pairs,
+}
+
+/// What all ops of a backend share.
+pub(crate) struct Cpu {
+    pool: pool::Pool,
+    tier: Tier,
+    dtype: DType,
+    /// Spare buffers for rearranged activations.
+    scratch: Mutex<Vec<Vec<u32>>>,
+}
+
+impl Cpu {
+    /// `threads` threads, or all that the process may use.
+    pub(crate) fn new(threads: Option<usize>, dtype: DType, tier: Tier) -> Result<Self> {
+        let threads = match threads {
+            Some(0) => return Err(Error::invalid("num_threads must be at least 1; given: 0")),
+            Some(threads) => threads,
+            None => std::thread::available_parallelism()?.get(),
+        };
+        let pool = pool::Pool::new(threads)
+            .map_err(|error| Error::from(error).context(format!("starting {threads} threads")))?;
+        Ok(Self { pool, tier, dtype, scratch: Mutex::new(Vec::new()) })
+    }
+
+    pub(crate) fn tier(&self) -> Tier {
+        self.tier
+    }
+
+    pub(crate) fn threads(&self) -> usize {
+        self.pool.threads()
+    }
+
+    pub(crate) fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    fn arithmetic(&self, encoding: Encoding) -> Arithmetic {
+        let fast = self.tier == Tier::Avx512Bf16
+            && matches!(self.dtype, DType::Auto | DType::BFloat16)
+            && !matches!(encoding, Encoding::F32 | Encoding::F16);
+        if fast { Arithmetic::Pairs } else { Arithmetic::Exact }
+    }
+}
+
+impl std::fmt::Debug for Cpu {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Cpu({}, {} threads, {})", self.tier.name(), self.threads(), self.dtype.name())
+    }
+}

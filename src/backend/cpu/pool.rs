@@ -1,0 +1,285 @@
+//! [`Pool`]: the caller and its persistent workers run the chunks of one op.
+//!
+//! Workers spin for some tens of microseconds after an op, because the next one usually follows at
+//! once, then park. A worker that wakes too late is not waited for: the caller closes the job when no
+//! chunk is left, and only waits for the workers that joined.
+#![allow(unsafe_code)] // The job borrows from the caller's stack, and workers outlive that borrow.
+
+use std::any::Any;
+use std::cell::UnsafeCell;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+/// Rounds that a worker waits for the next job before it parks; about 40 µs.
+const SPINS: u32 = 2000;
+
+/// Low half of the gate: how many workers are inside the job.
+const INSIDE: u64 = 0x3fff_ffff;
+/// Set while workers may join the job.
+const OPEN: u64 = 1 << 30;
+/// Set once, when the pool goes.
+const SHUTDOWN: u64 = 1 << 31;
+/// Unit of the upper half of the gate, which counts the jobs.
+const EPOCH: u64 = 1 << 32;
+
+type Task<'a> = dyn Fn(usize) + Sync + 'a;
+
+/// A caller plus `threads - 1` workers.
+pub(super) struct Pool {
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+    /// Held while a job runs. Whoever finds it taken (another thread, or a task that calls an op)
+    /// runs its chunks alone.
+    submit: Mutex<()>,
+}
+
+struct Shared {
+    /// Epoch, open and shutdown flags, and the number of workers inside.
+    gate: AtomicU64,
+    cursor: AtomicUsize,
+    job: UnsafeCell<Option<Job>>,
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+    parked: Vec<AtomicBool>,
+    spins: u32,
+}
+
+#[derive(Clone, Copy)]
+struct Job {
+    chunks: usize,
+    task: *const Task<'static>,
+}
+
+// SAFETY: `job` is written only by the holder of `submit` while the gate is closed and no worker is
+// inside, and read only by workers inside; the gate's acquire and release order the two. The task
+// is `Sync`.
+unsafe impl Sync for Shared {}
+// SAFETY: as above; the pointer is only followed while the caller of `run` keeps the task alive.
+unsafe impl Send for Shared {}
+
+impl Pool {
+    /// A pool of `threads` threads, the caller of [`Self::run`] included.
+    pub(super) fn new(threads: usize) -> std::io::Result<Self> {
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        let shared = Arc::new(Shared {
+            gate: AtomicU64::new(0),
+            cursor: AtomicUsize::new(0),
+            job: UnsafeCell::new(None),
+            panic: Mutex::new(None),
+            parked: (1..threads).map(|_| AtomicBool::new(false)).collect(),
+            spins: if threads > cpus { 0 } else { SPINS },
+        });
+        let mut pool = Self { shared, workers: Vec::new(), submit: Mutex::new(()) };
+        for index in 0..threads.saturating_sub(1) {
+            let shared = Arc::clone(&pool.shared);
+            let builder = std::thread::Builder::new().name(format!("astrai-kernel-{index}"));
+            pool.workers.push(builder.spawn(move || shared.work(index))?);
+        }
+        Ok(pool)
+    }
+
+    /// Threads, the caller included.
+    pub(super) fn threads(&self) -> usize {
+        self.workers.len() + 1
+    }
+
+    /// Calls `task(i)` once for each `i` below `chunks`, in any order and on any thread, and returns
+    /// when all calls have. A panic of a task is raised here again.
+    pub(super) fn run(&self, chunks: usize, task: &Task<'_>) {
+        let guard =
+            if chunks > 1 && !self.workers.is_empty() { self.submit.try_lock().ok() } else { None };
+        if guard.is_none() {
+            return (0..chunks).for_each(task);
+        }
+        // SAFETY: only the lifetime changes. `finish` below returns once no worker is inside and
+        // none can join, so no worker follows the pointer after `task`'s lifetime.
+        let task: *const Task<'static> =
+            unsafe { std::mem::transmute(std::ptr::from_ref::<Task<'_>>(task)) };
+        self.start(Job { chunks, task });
+        let own = self.shared.drain(Job { chunks, task });
+        self.finish();
+        let theirs = self.shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
+        drop(guard);
+        if let Some(payload) = own.err().or(theirs) {
+            resume_unwind(payload);
+        }
+    }
+
+    fn start(&self, job: Job) {
+        let shared = &*self.shared;
+        // SAFETY: the caller holds `submit`, and the last `finish` left the gate closed and empty.
+        unsafe { *shared.job.get() = Some(job) };
+        shared.cursor.store(0, Ordering::Relaxed);
+        // SeqCst, as is the worker's store of `parked`: one of the two sees the other.
+        shared.gate.fetch_add(EPOCH | OPEN, Ordering::SeqCst);
+        for (parked, worker) in shared.parked.iter().zip(&self.workers) {
+            if parked.swap(false, Ordering::SeqCst) {
+                worker.thread().unpark();
+            }
+        }
+    }
+
+    /// Closes the job and waits for the workers inside.
+    fn finish(&self) {
+        let gate = &self.shared.gate;
+        let mut inside = gate.fetch_and(!OPEN, Ordering::AcqRel) & INSIDE;
+        let mut rounds = 0u32;
+        while inside != 0 {
+            rounds += 1;
+            if rounds < self.shared.spins {
+                std::hint::spin_loop();
+            } else {
+                std::thread::yield_now();
+            }
+            inside = gate.load(Ordering::Acquire) & INSIDE;
+        }
+    }
+}
+
+impl Shared {
+    /// Takes chunks until none is left; a panic ends the job for everyone.
+    fn drain(&self, job: Job) -> Result<(), Box<dyn Any + Send>> {
+        // SAFETY: the caller of `run` keeps the task alive until every worker inside has left.
+        let task = unsafe { &*job.task };
+        catch_unwind(AssertUnwindSafe(|| {
+            loop {
+                let index = self.cursor.fetch_add(1, Ordering::Relaxed);
+                if index >= job.chunks {
+                    break;
+                }
+                task(index);
+            }
+        }))
+        .inspect_err(|_| self.cursor.store(job.chunks, Ordering::Relaxed))
+    }
+
+    fn work(&self, index: usize) {
+        let mut seen = 0;
+        loop {
+            let gate = self.await_job(index, seen);
+            if gate & SHUTDOWN != 0 {
+                return;
+            }
+            let joined =
+                self.gate.compare_exchange(gate, gate + 1, Ordering::AcqRel, Ordering::Relaxed);
+            if joined.is_err() {
+                continue;
+            }
+            seen = gate / EPOCH;
+            // SAFETY: this worker is inside, so the job stays as `start` wrote it.
+            let job =
+                unsafe { (*self.job.get()).expect("`start` writes the job, then opens the gate") };
+            if let Err(payload) = self.drain(job) {
+                *self.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(payload);
+            }
+            self.gate.fetch_sub(1, Ordering::Release);
+        }
+    }
+
+    /// Waits for an open job other than `seen`, or for the shutdown; returns the gate.
+    fn await_job(&self, index: usize, seen: u64) -> u64 {
+        let news = |order| {
+            let gate = self.gate.load(order);
+            let open = gate & OPEN != 0 && gate / EPOCH != seen;
+            (open || gate & SHUTDOWN != 0).then_some(gate)
+        };
+        loop {
+            for _ in 0..self.spins {
+                if let Some(gate) = news(Ordering::Acquire) {
+                    return gate;
+                }
+                std::hint::spin_loop();
+            }
+            self.parked[index].store(true, Ordering::SeqCst);
+            if let Some(gate) = news(Ordering::SeqCst) {
+                self.parked[index].store(false, Ordering::SeqCst);
+                return gate;
+            }
+            std::thread::park();
+            if self.spins == 0
+                && let Some(gate) = news(Ordering::Acquire)
+            {
+                return gate;
+            }
+        }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.gate.fetch_or(SHUTDOWN, Ordering::SeqCst);
+        for worker in self.workers.drain(..) {
+            worker.thread().unpark();
+            // A worker catches the panics of its tasks, so it ends in order.
+            let _ = worker.join();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_chunk_runs_once() {
+        for threads in [1, 2, 5] {
+            let pool = Pool::new(threads).expect("threads start");
+            for chunks in [0, 1, 2, 3, 100] {
+                for _ in 0..50 {
+                    let counts: Vec<_> = (0..chunks).map(|_| AtomicUsize::new(0)).collect();
+                    pool.run(chunks, &|i| {
+                        counts[i].fetch_add(1, Ordering::Relaxed);
+                    });
+                    assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
+        let pool = Pool::new(3).expect("threads start");
+        for bad in 0..20 {
+            let result = catch_unwind(AssertUnwindSafe(|| {
+                pool.run(20, &|i| assert!(i != bad, "chunk {i} fails"));
+            }));
+            let payload = result.expect_err("the panic of a chunk");
+            let message = payload.downcast_ref::<String>().expect("a formatted message");
+            assert_eq!(message, &format!("chunk {bad} fails"));
+            let sum = AtomicUsize::new(0);
+            pool.run(10, &|i| {
+                sum.fetch_add(i, Ordering::Relaxed);
+            });
+            assert_eq!(sum.into_inner(), 45);
+        }
+    }
+
+    #[test]
+    fn nested_and_concurrent_runs_finish() {
+        let pool = Pool::new(3).expect("threads start");
+        let sum = AtomicUsize::new(0);
+        let add = |i: usize| {
+            sum.fetch_add(i, Ordering::Relaxed);
+        };
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| pool.run(50, &|_| pool.run(3, &add)));
+            }
+        });
+        assert_eq!(sum.into_inner(), 4 * 50 * 3);
+    }
+
+    #[test]
+    fn a_parked_worker_wakes_or_is_not_needed() {
+        let pool = Pool::new(2).expect("threads start");
+        for _ in 0..5 {
+            std::thread::sleep(std::time::Duration::from_millis(2));
+            let sum = AtomicUsize::new(0);
+            pool.run(64, &|_| {
+                sum.fetch_add(1, Ordering::Relaxed);
+            });
+            assert_eq!(sum.into_inner(), 64);
+        }
+    }
+}

@@ -1,0 +1,194 @@
+//! Ops on single rows: norms, activations, gates.
+#![allow(unsafe_code)] // Threads write disjoint rows of one output.
+
+use super::Cpu;
+use super::lanes::{LANES, Lanes};
+use super::memory::{Shared, written_by};
+use super::tier::Kernel;
+
+/// Numbers that are worth a task of their own.
+const TASK: usize = 16 << 10;
+
+/// Calls `task(first, count)` for parts of `rows`, on the caller alone when there is little to do.
+pub(super) fn for_rows(cpu: &Cpu, rows: usize, cols: usize, task: &(dyn Fn(usize, usize) + Sync)) {
+    let step = (TASK / cols.max(1)).max(1);
+    cpu.pool.run(rows.div_ceil(step), &|index| {
+        let first = index * step;
+        task(first, step.min(rows - first));
+    });
+}
+
+/// Rows `x` over the root of their mean square, times `weight`.
+pub(crate) fn rms_norm(cpu: &Cpu, x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
+    let cols = weight.len();
+    let write = |out: Shared<f32>| {
+        for_rows(cpu, x.len() / cols, cols, &|first, count| {
+            // SAFETY: the rows of different tasks are disjoint.
+            let out = unsafe { out.part(first * cols, count * cols) };
+            cpu.tier.run(Norm { x: &x[first * cols..][..count * cols], weight, eps, out });
+        });
+    };
+    // SAFETY: the tasks cover all rows, and a task writes all its numbers.
+    unsafe { written_by(x.len(), write) }
+}
+
+/// Adds `x` to `residual`, then norms the sum.
+pub(crate) fn add_rms_norm(
+    cpu: &Cpu,
+    residual: &mut [f32],
+    x: &[f32],
+    weight: &[f32],
+    eps: f32,
+) -> Vec<f32> {
+    let cols = weight.len();
+    let residual = Shared::new(residual);
+    let write = |out: Shared<f32>| {
+        for_rows(cpu, x.len() / cols, cols, &|first, count| {
+            let (start, len) = (first * cols, count * cols);
+            // SAFETY: the rows of different tasks are disjoint.
+            let (sum, out) = unsafe { (residual.part(start, len), out.part(start, len)) };
+            cpu.tier.run(Zip { a: sum, b: &x[start..start + len], f: AddLanes });
+            cpu.tier.run(Norm { x: sum, weight, eps, out });
+        });
+    };
+    // SAFETY: as in `rms_norm`.
+    unsafe { written_by(x.len(), write) }
+}
+
+/// `silu(x[..width]) * x[width..]` for each row of `2 * width`.
+pub(crate) fn gated_silu(cpu: &Cpu, x: &[f32], width: usize) -> Vec<f32> {
+    let rows = x.len() / (2 * width);
+    let write = |out: Shared<f32>| {
+        for_rows(cpu, rows, 2 * width, &|first, count| {
+            for row in first..first + count {
+                let (gate, up) = x[row * 2 * width..][..2 * width].split_at(width);
+                // SAFETY: the rows of different tasks are disjoint.
+                let out = unsafe { out.part(row * width, width) };
+                out.copy_from_slice(gate);
+                cpu.tier.run(Zip { a: out, b: up, f: SiluGate });
+            }
+        });
+    };
+    // SAFETY: as in `rms_norm`.
+    unsafe { written_by(rows * width, write) }
+}
+
+/// `out *= sigmoid(gate[offset..])` for rows of `width` and `gate_width`.
+pub(crate) fn sigmoid_gate(
+    cpu: &Cpu,
+    (out, width): (&mut [f32], usize),
+    (gate, gate_width): (&[f32], usize),
+    offset: usize,
+) {
+    let rows = out.len() / width;
+    let out = Shared::new(out);
+    for_rows(cpu, rows, width, &|first, count| {
+        for row in first..first + count {
+            // SAFETY: the rows of different tasks are disjoint.
+            let out = unsafe { out.part(row * width, width) };
+            let gate = &gate[row * gate_width + offset..][..width];
+            cpu.tier.run(Zip { a: out, b: gate, f: SigmoidGate });
+        }
+    });
+}
+
+struct Norm<'a> {
+    x: &'a [f32],
+    weight: &'a [f32],
+    eps: f32,
+    out: &'a mut [f32],
+}
+
+impl Kernel for Norm<'_> {
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let cols = self.weight.len();
+        for (x, out) in self.x.chunks_exact(cols).zip(self.out.chunks_exact_mut(cols)) {
+            norm_row::<L>(x, self.weight, self.eps, out);
+        }
+    }
+}
+
+/// One row; also the norm of a head.
+#[inline(always)]
+pub(super) fn norm_row<L: Lanes>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    let mut squares = [L::splat(0.0); 2];
+    let chunks = x.chunks_exact(LANES);
+    let mut tail = [0.0; LANES];
+    tail[..chunks.remainder().len()].copy_from_slice(chunks.remainder());
+    for (i, chunk) in chunks.chain(std::iter::once(&tail[..])).enumerate() {
+        // SAFETY: every chunk is 16 values.
+        let lanes = unsafe { L::load(chunk.as_ptr()) };
+        squares[i % 2] = lanes.fma(lanes, squares[i % 2]);
+    }
+    let scale = 1.0 / (squares[0].add(squares[1]).sum() / x.len() as f32 + eps).sqrt();
+    for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+        *out = x * scale * weight;
+    }
+}
+
+/// A function of two lanes.
+trait OfTwo: Copy {
+    fn call<L: Lanes>(self, a: L, b: L) -> L;
+}
+
+/// `a = f(a, b)`, number by number.
+struct Zip<'a, F> {
+    a: &'a mut [f32],
+    b: &'a [f32],
+    f: F,
+}
+
+impl<F: OfTwo> Kernel for Zip<'_, F> {
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let (mut a, mut b) = (self.a.chunks_exact_mut(LANES), self.b.chunks_exact(LANES));
+        for (a, b) in (&mut a).zip(&mut b) {
+            // SAFETY: both are 16 values.
+            unsafe { self.f.call(L::load(a.as_ptr()), L::load(b.as_ptr())).store(a.as_mut_ptr()) }
+        }
+        let (a, b) = (a.into_remainder(), b.remainder());
+        let mut values = [[0.0; LANES]; 2];
+        values[0][..a.len()].copy_from_slice(a);
+        values[1][..b.len()].copy_from_slice(b);
+        // SAFETY: all are 16 values.
+        unsafe {
+            let result = self.f.call(L::load(values[0].as_ptr()), L::load(values[1].as_ptr()));
+            result.store(values[0].as_mut_ptr());
+        }
+        a.copy_from_slice(&values[0][..a.len()]);
+    }
+}
+
+#[inline(always)]
+fn sigmoid<L: Lanes>(x: L) -> L {
+    let one = L::splat(1.0);
+    one.div(one.add(L::splat(0.0).sub(x).exp()))
+}
+
+#[derive(Clone, Copy)]
+struct AddLanes;
+impl OfTwo for AddLanes {
+    #[inline(always)]
+    fn call<L: Lanes>(self, a: L, b: L) -> L {
+        a.add(b)
+    }
+}
+
+#[derive(Clone, Copy)]
+struct SiluGate;
+impl OfTwo for SiluGate {
+    #[inline(always)]
+    fn call<L: Lanes>(self, gate: L, up: L) -> L {
+        gate.mul(sigmoid(gate)).mul(up)
+    }
+}
+
+#[derive(Clone, Copy)]
+struct SigmoidGate;
+impl OfTwo for SigmoidGate {
+    #[inline(always)]
+    fn call<L: Lanes>(self, out: L, gate: L) -> L {
+        out.mul(sigmoid(gate))
+    }
+}
