@@ -1,9 +1,13 @@
-//! astrai_rs: an LLM inference engine.
+//! `astrai_rs`: an LLM inference engine.
 
 pub mod backend;
 pub mod cache;
 pub mod config;
+pub mod engine;
 pub mod error;
+pub mod sampler;
+pub mod scheduler;
+pub mod sequence;
 pub mod spec;
 pub mod step;
 pub mod weights;
