@@ -1,0 +1,356 @@
+//! [`Engine`]: one step is schedule → forward → sample → commit → events.
+//!
+//! It is synchronous and owns everything; [`thread`] gives it a thread of its own.
+
+pub mod stats;
+pub mod thread;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::Instant;
+
+use stats::Stats;
+
+use crate::config::EngineConfig;
+use crate::error::{Error, ErrorKind, Result};
+use crate::sampler::philox::derive_seed;
+use crate::sampler::{Sampler, SamplingParams, TokenLogprob, token_logprobs};
+use crate::scheduler::{Scheduler, check_prompt};
+pub use crate::sequence::{FinishReason, PromptLogprobs, RequestId, SampleMetrics, SequenceId};
+use crate::sequence::{Planned, Sequence};
+use crate::step::{Forward, LogitRows, Logits, Step};
+
+/// What a caller wants generated.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// Ids of the prompt.
+    pub prompt: Vec<u32>,
+    /// How to go on from there.
+    pub params: SamplingParams,
+}
+
+/// What one step brought for one sample.
+#[derive(Debug, Clone)]
+pub struct Event {
+    /// Whose.
+    pub id: SequenceId,
+    /// New tokens, in order. May be empty in the last event. The token that stopped is included.
+    pub token_ids: Vec<u32>,
+    /// Per new token the list of [`token_logprobs`], where `logprobs` asks for it.
+    pub logprobs: Option<Vec<Vec<TokenLogprob>>>,
+    /// With the first token of sample 0, where `prompt_logprobs` asks for it.
+    pub prompt_logprobs: Option<PromptLogprobs>,
+    /// In the last event of the sample, why it is the last.
+    pub finish: Option<Finish>,
+}
+
+/// The end of a sample.
+#[derive(Debug, Clone)]
+pub struct Finish {
+    /// Why.
+    pub reason: FinishReason,
+    /// When, and what it cost.
+    pub metrics: SampleMetrics,
+}
+
+/// A model behind [`Forward`], its cache's bookkeeping and all requests.
+#[derive(Debug)]
+pub struct Engine<F> {
+    forward: F,
+    config: EngineConfig,
+    scheduler: Scheduler,
+    sampler: Sampler,
+    start: Instant,
+    next_id: RequestId,
+    events: Vec<Event>,
+    /// Set by a failed step: the engine does nothing any more.
+    failure: Option<Error>,
+    counters: Counters,
+}
+
+#[derive(Debug, Default)]
+struct Counters {
+    steps: u64,
+    prompt_tokens: u64,
+    generation_tokens: u64,
+}
+
+impl<F: Forward> Engine<F> {
+    /// An engine without requests.
+    pub fn new(forward: F, config: EngineConfig) -> Result<Self> {
+        config.validate()?;
+        Ok(Self {
+            forward,
+            scheduler: Scheduler::new(&config),
+            sampler: Sampler::new(config.eos_token_ids.clone()),
+            config,
+            start: Instant::now(),
+            next_id: 0,
+            events: Vec::new(),
+            failure: None,
+            counters: Counters::default(),
+        })
+    }
+
+    /// Queues a request; an error when it can never run or the engine has failed.
+    pub fn submit(&mut self, request: Request) -> Result<RequestId> {
+        check_prompt(&request.prompt, &self.config)?;
+        if let Some(failure) = &self.failure {
+            return Err(failure.clone());
+        }
+        let id = self.next_id;
+        let now = self.now();
+        self.queue(id, request, now);
+        Ok(id)
+    }
+
+    /// Queues a checked request under an id of the caller's.
+    fn queue(&mut self, id: RequestId, request: Request, arrival: f64) {
+        self.next_id = self.next_id.max(id + 1);
+        let seed = request.params.seed.unwrap_or_else(|| derive_seed(self.config.seed, id));
+        let prompt: Arc<[u32]> = request.prompt.into();
+        let params = Arc::new(request.params);
+        let sequence = |sample| {
+            let id = SequenceId { request: id, sample };
+            Sequence::new(id, prompt.clone(), params.clone(), seed, arrival)
+        };
+        self.scheduler.submit((0..params.num_samples()).map(sequence).collect());
+    }
+
+    /// Ends one sample of a request, or all. What is unknown or over already is left alone.
+    pub fn abort(&mut self, request: RequestId, sample: Option<u32>) {
+        let now = self.now();
+        for mut sequence in self.scheduler.remove(request, sample) {
+            self.events.push(last_event(&mut sequence, FinishReason::Abort, now));
+        }
+    }
+
+    /// Whether a step would do something.
+    #[must_use]
+    pub fn has_work(&self) -> bool {
+        !self.scheduler.is_idle() && self.failure.is_none()
+    }
+
+    /// Computes one step and returns all events since the last call.
+    ///
+    /// An error or a panic of the forward pass ends every live request with it, and the engine.
+    pub fn step(&mut self) -> Vec<Event> {
+        if self.has_work() {
+            let result = catch_unwind(AssertUnwindSafe(|| self.try_step()));
+            let result = result.unwrap_or_else(|panic| Err(panic_error(panic.as_ref())));
+            self.counters.steps += 1;
+            if let Err(error) = result {
+                self.fail(error);
+            }
+        }
+        self.take_events()
+    }
+
+    /// All events since the last call of this or of [`Self::step`].
+    pub fn take_events(&mut self) -> Vec<Event> {
+        std::mem::take(&mut self.events)
+    }
+
+    /// Ends every live request, and the engine, with `error`.
+    pub fn fail(&mut self, error: Error) {
+        let now = self.now();
+        for sequence in self.scheduler.live() {
+            let reason = FinishReason::Error(error.clone());
+            self.events.push(Event::end(sequence, reason, now));
+        }
+        // After a panic nothing in the old one can be relied on.
+        self.scheduler = Scheduler::new(&self.config);
+        self.failure.get_or_insert(error);
+    }
+
+    /// Why the engine does nothing any more.
+    #[must_use]
+    pub fn failure(&self) -> Option<&Error> {
+        self.failure.as_ref()
+    }
+
+    /// Forgets every cached prefix. Live requests go on undisturbed.
+    pub fn clear_prefix_cache(&mut self) {
+        self.scheduler.clear_prefix_cache();
+    }
+
+    /// Gauges and counters of now.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        let cache = self.scheduler.cache_stats();
+        let now = self.now();
+        Stats {
+            num_requests_running: self.scheduler.running().len(),
+            num_requests_waiting: self.scheduler.num_waiting(),
+            kv_blocks_used: cache.used,
+            kv_blocks_total: cache.total,
+            kv_blocks_cached: cache.cached,
+            prefix_cache_queries: cache.queries,
+            prefix_cache_hits: cache.hits,
+            preemptions: self.scheduler.preemptions(),
+            prompt_tokens_total: self.counters.prompt_tokens,
+            generation_tokens_total: self.counters.generation_tokens,
+            uptime_s: now,
+            steps: self.counters.steps,
+            heartbeat_s: now,
+        }
+    }
+
+    /// Checks the bookkeeping of cache and scheduler. For tests: it is slow.
+    pub fn check(&self) -> Result<()> {
+        self.scheduler.check()
+    }
+
+    /// The settings.
+    #[must_use]
+    pub fn config(&self) -> &EngineConfig {
+        &self.config
+    }
+
+    fn now(&self) -> f64 {
+        self.start.elapsed().as_secs_f64()
+    }
+
+    fn try_step(&mut self) -> Result<()> {
+        let now = self.now();
+        self.scheduler.schedule(now);
+        let chunks: Vec<_> = self.scheduler.running().iter().filter_map(Sequence::chunk).collect();
+        let logits = self.forward.forward(&Step { chunks })?;
+        self.scheduler.advance();
+        self.sample(&logits)?;
+        self.scheduler.sweep();
+        Ok(())
+    }
+
+    /// Takes each sequence's rows of the logits, in the order of the chunks.
+    fn sample(&mut self, logits: &Logits) -> Result<()> {
+        let (now, limit) = (self.now(), self.scheduler.max_len());
+        let wanted: usize =
+            self.scheduler.running().iter().filter_map(|s| s.planned).map(|p| p.num_rows()).sum();
+        if logits.values.len() != wanted * self.config.vocab_size {
+            return Err(Error::bug(format!(
+                "the model gave {} logits for {wanted} rows of {}",
+                logits.values.len(),
+                self.config.vocab_size
+            )));
+        }
+        let (mut first, mut poisoned) = (0, false);
+        for sequence in self.scheduler.running_mut() {
+            let Some(planned) = sequence.planned.take() else { continue };
+            let rows = Rows { logits, first, planned };
+            first += planned.num_rows();
+            let event = match rows.next(sequence, &mut self.sampler) {
+                Ok(None) => continue,
+                Ok(Some(drawn)) => {
+                    self.counters.generation_tokens += 1;
+                    if sequence.num_output() == 0 {
+                        self.counters.prompt_tokens += sequence.num_prompt() as u64;
+                    }
+                    drawn.into_event(sequence, &self.config.eos_token_ids, limit, now)
+                }
+                Err(error) => {
+                    poisoned |= error.kind() == ErrorKind::Bug;
+                    last_event(sequence, FinishReason::Error(error), now)
+                }
+            };
+            self.events.push(event);
+        }
+        if poisoned {
+            // The rows of other requests are their own, but later ones must not find these blocks.
+            self.scheduler.clear_prefix_cache();
+        }
+        Ok(())
+    }
+}
+
+/// The rows of one chunk.
+struct Rows<'a> {
+    logits: &'a Logits,
+    first: usize,
+    planned: Planned,
+}
+
+/// A sampled token with what goes with it.
+struct Drawn {
+    token: u32,
+    logprobs: Option<Vec<TokenLogprob>>,
+}
+
+impl Rows<'_> {
+    /// The next token of `sequence`, if its last row is there.
+    fn next(&self, sequence: &mut Sequence, sampler: &mut Sampler) -> Result<Option<Drawn>> {
+        if self.planned.rows == LogitRows::All {
+            self.collect_prompt_logprobs(sequence)?;
+        }
+        if self.planned.num_rows() == 0 || sequence.num_pending() > 0 {
+            return Ok(None);
+        }
+        let logits = self.logits.row(self.first + self.planned.num_rows() - 1);
+        let (row, state) = sequence.row(logits);
+        let token = sampler.sample(&row, state)?;
+        let top = sequence.params.logprobs;
+        let logprobs = top.map(|top| token_logprobs(logits, token, top)).transpose()?;
+        Ok(Some(Drawn { token, logprobs }))
+    }
+
+    /// The row of each prompt token tells of the token after it.
+    fn collect_prompt_logprobs(&self, sequence: &mut Sequence) -> Result<()> {
+        let (Some(mut known), Some(top)) =
+            (sequence.prompt_logprobs.take(), sequence.params.prompt_logprobs)
+        else {
+            return Ok(());
+        };
+        if known.is_empty() {
+            known.push(None);
+        }
+        let end = sequence.num_computed;
+        for (position, row) in (end - self.planned.len..end).zip(self.first..) {
+            if let Some(&next) = sequence.tokens().get(position + 1) {
+                known.push(Some(token_logprobs(self.logits.row(row), next, top)?));
+            }
+        }
+        sequence.prompt_logprobs = Some(known);
+        Ok(())
+    }
+}
+
+impl Drawn {
+    fn into_event(self, sequence: &mut Sequence, eos: &[u32], limit: usize, now: f64) -> Event {
+        sequence.metrics.first_token_time.get_or_insert(now);
+        let reason = sequence.push(self.token, eos, limit);
+        let mut event = match reason {
+            Some(reason) => last_event(sequence, reason, now),
+            None => Event::new(sequence.id()),
+        };
+        event.token_ids.push(self.token);
+        event.logprobs = self.logprobs.map(|list| vec![list]);
+        event.prompt_logprobs = sequence.prompt_logprobs.take();
+        event
+    }
+}
+
+impl Event {
+    fn new(id: SequenceId) -> Self {
+        Self { id, token_ids: Vec::new(), logprobs: None, prompt_logprobs: None, finish: None }
+    }
+
+    fn end(sequence: &Sequence, reason: FinishReason, now: f64) -> Self {
+        let metrics = SampleMetrics { finished_time: Some(now), ..sequence.metrics };
+        Self { finish: Some(Finish { reason, metrics }), ..Self::new(sequence.id()) }
+    }
+}
+
+/// Marks the sequence as finished and says so.
+fn last_event(sequence: &mut Sequence, reason: FinishReason, now: f64) -> Event {
+    sequence.is_finished = true;
+    Event::end(sequence, reason, now)
+}
+
+fn panic_error(panic: &(dyn std::any::Any + Send)) -> Error {
+    let message = panic
+        .downcast_ref::<String>()
+        .map(String::as_str)
+        .or_else(|| panic.downcast_ref::<&str>().copied())
+        .unwrap_or("no message");
+    Error::bug(format!("the engine panicked: {message}"))
+}

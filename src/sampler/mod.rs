@@ -1,0 +1,196 @@
+//! Logits → token, for one row at a time and from nothing but that row's own request.
+//!
+//! Order: `logit_bias`, `allowed_token_ids`, `min_tokens`, `bad_words` → repetition, frequency,
+//! presence penalties → temperature → `min_p` → `top_k` → `top_p` → draw.
+
+mod logprobs;
+mod params;
+pub mod philox;
+mod select;
+
+use std::collections::HashMap;
+
+pub use logprobs::{TokenLogprob, token_logprobs};
+pub use params::{GREEDY_BELOW, MAX_SAMPLES, SamplingOptions, SamplingParams};
+
+use crate::error::{Error, Result};
+
+const FORBIDDEN: f32 = f32::NEG_INFINITY;
+
+/// What one token is sampled from.
+#[derive(Debug, Clone, Copy)]
+pub struct Row<'a> {
+    /// Raw logits of the whole vocabulary.
+    pub logits: &'a [f32],
+    /// Prompt and output so far.
+    pub tokens: &'a [u32],
+    /// How many of them are the prompt.
+    pub num_prompt: usize,
+    /// How to sample.
+    pub params: &'a SamplingParams,
+}
+
+impl Row<'_> {
+    fn output(&self) -> &[u32] {
+        &self.tokens[self.num_prompt..]
+    }
+}
+
+/// What the sampler remembers of one sample between its tokens.
+#[derive(Debug, Clone)]
+pub struct SampleState {
+    seed: u64,
+    sample: u32,
+    /// Tokens that `counts` knows; it lags behind where no penalty asks for it.
+    counted: usize,
+    counts: HashMap<u32, Count>,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Count {
+    /// Occurrences in the output and in the frequency window.
+    frequency: u32,
+    in_output: bool,
+}
+
+impl SampleState {
+    /// The state before the first token of sample number `sample`.
+    #[must_use]
+    pub fn new(seed: u64, sample: u32) -> Self {
+        Self { seed, sample, counted: 0, counts: HashMap::new() }
+    }
+
+    fn count(&mut self, row: &Row<'_>) {
+        let window = row.num_prompt.saturating_sub(row.params.frequency_window);
+        for (position, &token) in row.tokens.iter().enumerate().skip(self.counted) {
+            let count = self.counts.entry(token).or_default();
+            count.frequency += u32::from(position >= window);
+            count.in_output |= position >= row.num_prompt;
+        }
+        self.counted = row.tokens.len();
+    }
+}
+
+/// Samples rows. Holds scratch memory and the ids that end a text, nothing of any request.
+#[derive(Debug)]
+pub struct Sampler {
+    eos_token_ids: Vec<u32>,
+    logits: Vec<f32>,
+    weights: Vec<f32>,
+    candidates: Vec<u32>,
+}
+
+impl Sampler {
+    /// A sampler for a model whose texts end with any of `eos_token_ids`.
+    #[must_use]
+    pub fn new(eos_token_ids: Vec<u32>) -> Self {
+        Self { eos_token_ids, logits: Vec::new(), weights: Vec::new(), candidates: Vec::new() }
+    }
+
+    /// The next token of `row`: a function of the row and of the state's seed, whatever else the
+    /// sampler has seen.
+    pub fn sample(&mut self, row: &Row<'_>, state: &mut SampleState) -> Result<u32> {
+        let Self { eos_token_ids, logits: changed, weights, candidates } = self;
+        let is_changed = change(row, eos_token_ids, state, changed);
+        let logits = if is_changed { &changed[..] } else { row.logits };
+        let params = row.params;
+        let max = row_max(logits)?;
+        let Some(scale) = params.inverse_temperature else {
+            return Ok(select::position(logits, max) as u32);
+        };
+        if let Some(k) = params.top_k {
+            let last = select::top(logits, k)[k - 1];
+            select::at_least(logits, logits[last as usize], candidates);
+            let kept: Vec<f32> = candidates.iter().map(|&id| logits[id as usize]).collect();
+            select::weigh(&kept, max, scale, weights);
+        } else {
+            select::weigh(logits, max, scale, weights);
+        }
+        if params.min_p > 0.0 {
+            for weight in weights.iter_mut() {
+                *weight = if *weight < params.min_p { 0.0 } else { *weight };
+            }
+        }
+        if params.top_p < 1.0 {
+            select::cut_to_nucleus(weights, params.top_p);
+        }
+        let u = philox::uniform(state.seed, state.sample, row.tokens.len());
+        let chosen = select::pick(weights, u);
+        Ok(if params.top_k.is_some() { candidates[chosen] } else { chosen as u32 })
+    }
+}
+
+/// The largest logit of a row that something can be drawn from.
+fn row_max(logits: &[f32]) -> Result<f32> {
+    match select::max(logits) {
+        Some(max) if max.is_finite() => Ok(max),
+        Some(FORBIDDEN) => Err(Error::invalid(
+            "no token is left to sample: allowed_token_ids, min_tokens and bad_words forbid every id",
+        )),
+        _ => Err(Error::bug("the model's logits hold NaN or infinity")),
+    }
+}
+
+/// Writes the logits after biases, masks and penalties to `changed`; false where there are none.
+fn change(row: &Row<'_>, eos: &[u32], state: &mut SampleState, changed: &mut Vec<f32>) -> bool {
+    let params = row.params;
+    let too_short = row.output().len() < params.min_tokens;
+    let is_plain = params.logit_bias.is_empty()
+        && params.allowed_token_ids.is_none()
+        && params.bad_words.is_empty();
+    if is_plain && !too_short && !params.penalises() {
+        return false;
+    }
+    changed.clear();
+    if let Some(allowed) = &params.allowed_token_ids {
+        changed.resize(row.logits.len(), FORBIDDEN);
+        for &id in allowed {
+            changed[id as usize] = row.logits[id as usize];
+        }
+    } else {
+        changed.extend_from_slice(row.logits);
+    }
+    for &(id, bias) in &params.logit_bias {
+        changed[id as usize] += bias;
+    }
+    if too_short {
+        for &id in eos.iter().chain(&params.stop_token_ids) {
+            // A tokenizer may name ids that the model cannot produce.
+            if let Some(logit) = changed.get_mut(id as usize) {
+                *logit = FORBIDDEN;
+            }
+        }
+    }
+    for word in &params.bad_words {
+        if let Some((&last, start)) = word.split_last()
+            && row.output().ends_with(start)
+        {
+            changed[last as usize] = FORBIDDEN;
+        }
+    }
+    if params.penalises() {
+        state.count(row);
+        penalise(params, &state.counts, changed);
+    }
+    true
+}
+
+fn penalise(params: &SamplingParams, counts: &HashMap<u32, Count>, logits: &mut [f32]) {
+    for (&id, count) in counts {
+        let logit = &mut logits[id as usize];
+        if *logit == FORBIDDEN {
+            continue;
+        }
+        let mut penalised = if *logit > 0.0 {
+            *logit / params.repetition_penalty
+        } else {
+            *logit * params.repetition_penalty
+        };
+        penalised -= params.frequency_penalty * count.frequency as f32;
+        if count.in_output {
+            penalised -= params.presence_penalty;
+        }
+        // A penalty alone neither forbids a token nor makes it infinitely likely.
+        *logit = penalised.clamp(f32::MIN, f32::MAX);
+    }
+}

@@ -1,0 +1,225 @@
+//! One sample of a request: its ids, counters, block table, status and finish reason.
+
+use std::sync::Arc;
+
+use crate::cache::block::BlockTable;
+use crate::config::BLOCK_SIZE;
+use crate::error::Error;
+use crate::sampler::{Row, SampleState, SamplingParams, TokenLogprob};
+use crate::step::{Chunk, LogitRows};
+
+/// Names a request for the life of its engine; later requests have larger ids.
+pub type RequestId = u64;
+
+/// Names one sample of a request. Ordered by arrival.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SequenceId {
+    /// The request.
+    pub request: RequestId,
+    /// Which of its `n` samples, from 0.
+    pub sample: u32,
+}
+
+/// Why a sample ended.
+#[derive(Debug, Clone)]
+pub enum FinishReason {
+    /// It drew an end-of-text id, or the one of `stop_token_ids` that is named here.
+    Stop(Option<u32>),
+    /// It reached `max_tokens`, `max_model_len` or the size of the cache.
+    Length,
+    /// The caller ended it.
+    Abort,
+    /// The engine could not go on with it.
+    Error(Error),
+}
+
+impl FinishReason {
+    /// `stop`, `length`, `abort` or `error`.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Stop(_) => "stop",
+            Self::Length => "length",
+            Self::Abort => "abort",
+            Self::Error(_) => "error",
+        }
+    }
+}
+
+/// When things happened to a sample, in seconds since the engine's start, and what it cost.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct SampleMetrics {
+    /// Submitted.
+    pub arrival_time: f64,
+    /// First taken into a step.
+    pub first_scheduled_time: Option<f64>,
+    /// First token sampled.
+    pub first_token_time: Option<f64>,
+    /// Ended.
+    pub finished_time: Option<f64>,
+    /// Prompt tokens whose computation the prefix cache saved.
+    pub num_cached_tokens: usize,
+    /// How often its blocks were taken and it had to be computed again.
+    pub num_preemptions: usize,
+}
+
+/// Per token of a prompt its list of log-probabilities; `None` for the first token.
+pub type PromptLogprobs = Vec<Option<Vec<TokenLogprob>>>;
+
+/// The part of a sequence that the next step computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Planned {
+    /// How many tokens.
+    pub len: usize,
+    /// Which of their rows need logits.
+    pub rows: LogitRows,
+}
+
+impl Planned {
+    /// How many rows need logits.
+    #[must_use]
+    pub fn num_rows(&self) -> usize {
+        match self.rows {
+            LogitRows::None => 0,
+            LogitRows::Last => 1,
+            LogitRows::All => self.len,
+        }
+    }
+}
+
+/// One sample of a request.
+///
+/// ```text
+/// tokens   [ prompt ............ | output ....... ]
+/// computed [ in the cache ... | planned | later   ]
+/// ```
+/// Prefill, chunked prefill, decode and recomputation after preemption are one thing: computing the
+/// tokens after `num_computed`. When none is left, the last row's logits give the next token.
+#[derive(Debug)]
+pub struct Sequence {
+    id: SequenceId,
+    prompt: Arc<[u32]>,
+    /// Prompt and output. Empty until first scheduled: a thousand waiting samples share `prompt`.
+    tokens: Vec<u32>,
+    pub(crate) params: Arc<SamplingParams>,
+    pub(crate) state: SampleState,
+    pub(crate) num_computed: usize,
+    pub(crate) table: Option<BlockTable>,
+    pub(crate) planned: Option<Planned>,
+    /// What is known so far, while prompt log-probabilities are wanted and not yet delivered.
+    pub(crate) prompt_logprobs: Option<PromptLogprobs>,
+    pub(crate) metrics: SampleMetrics,
+    pub(crate) is_finished: bool,
+}
+
+impl Sequence {
+    /// A waiting sample. Sample 0 alone computes the prompt's log-probabilities.
+    #[must_use]
+    pub fn new(
+        id: SequenceId,
+        prompt: Arc<[u32]>,
+        params: Arc<SamplingParams>,
+        seed: u64,
+        arrival_time: f64,
+    ) -> Self {
+        let wants_prompt = params.prompt_logprobs.is_some() && id.sample == 0;
+        Self {
+            id,
+            prompt,
+            tokens: Vec::new(),
+            params,
+            state: SampleState::new(seed, id.sample),
+            num_computed: 0,
+            table: None,
+            planned: None,
+            prompt_logprobs: wants_prompt.then(Vec::new),
+            metrics: SampleMetrics { arrival_time, ..SampleMetrics::default() },
+            is_finished: false,
+        }
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn id(&self) -> SequenceId {
+        self.id
+    }
+
+    /// Prompt and output.
+    #[must_use]
+    pub fn tokens(&self) -> &[u32] {
+        if self.tokens.is_empty() { &self.prompt } else { &self.tokens }
+    }
+
+    /// Length of the prompt.
+    #[must_use]
+    pub fn num_prompt(&self) -> usize {
+        self.prompt.len()
+    }
+
+    /// Tokens sampled so far.
+    #[must_use]
+    pub fn num_output(&self) -> usize {
+        self.tokens().len() - self.num_prompt()
+    }
+
+    /// Tokens that are not in the cache.
+    #[must_use]
+    pub fn num_pending(&self) -> usize {
+        self.tokens().len() - self.num_computed
+    }
+
+    /// The planned tokens, with the blocks that cover them and all before.
+    #[must_use]
+    pub fn chunk(&self) -> Option<Chunk<'_>> {
+        let planned = self.planned?;
+        let (start, end) = (self.num_computed, self.num_computed + planned.len);
+        let blocks = &self.table.as_ref()?.blocks()[..end.div_ceil(BLOCK_SIZE)];
+        Some(Chunk { tokens: &self.tokens()[start..end], start, blocks, logits: planned.rows })
+    }
+
+    /// What its next token is sampled from.
+    pub(crate) fn row<'a>(&'a mut self, logits: &'a [f32]) -> (Row<'a>, &'a mut SampleState) {
+        let tokens = if self.tokens.is_empty() { &self.prompt } else { &self.tokens[..] };
+        let row = Row { logits, tokens, num_prompt: self.prompt.len(), params: &self.params };
+        (row, &mut self.state)
+    }
+
+    /// Takes the table of a running sequence whose blocks go to an older one. It starts over.
+    pub(crate) fn preempt(&mut self) -> Option<BlockTable> {
+        self.num_computed = 0;
+        self.planned = None;
+        self.metrics.num_preemptions += 1;
+        // The rows come again with the recomputation.
+        if let Some(rows) = &mut self.prompt_logprobs {
+            rows.clear();
+        }
+        self.table.take()
+    }
+
+    /// Notes that the blocks of `table` are this sequence's from now on.
+    pub(crate) fn start(&mut self, table: BlockTable, now: f64) {
+        self.num_computed = table.named_tokens();
+        self.table = Some(table);
+        if self.metrics.first_scheduled_time.is_none() {
+            self.metrics.first_scheduled_time = Some(now);
+            self.metrics.num_cached_tokens = self.num_computed;
+        }
+    }
+
+    /// Appends a sampled token; says whether it was the last. `limit` is the longest sequence.
+    pub(crate) fn push(&mut self, token: u32, eos: &[u32], limit: usize) -> Option<FinishReason> {
+        if self.tokens.is_empty() {
+            self.tokens.extend_from_slice(&self.prompt);
+        }
+        self.tokens.push(token);
+        if !self.params.ignore_eos && eos.contains(&token) {
+            Some(FinishReason::Stop(None))
+        } else if self.params.stop_token_ids.contains(&token) {
+            Some(FinishReason::Stop(Some(token)))
+        } else if self.num_output() >= self.params.max_tokens || self.tokens.len() >= limit {
+            Some(FinishReason::Length)
+        } else {
+            None
+        }
+    }
+}
