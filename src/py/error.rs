@@ -1,14 +1,25 @@
 //! [`ErrorKind`] → Python exception class.
 
 use pyo3::exceptions::{
-    PyFileNotFoundError, PyMemoryError, PyNotImplementedError, PyOSError, PyRuntimeError, PyValueError,
+    PyFileNotFoundError, PyMemoryError, PyNotImplementedError, PyOSError, PyRuntimeError,
+    PyValueError,
 };
 use pyo3::{PyErr, create_exception};
 
 use crate::error::{Error, ErrorKind};
 
-create_exception!(astrai_rs._core, CheckpointError, PyValueError, "A model file is incomplete, damaged or holds too much.");
-create_exception!(astrai_rs._core, EngineClosed, PyRuntimeError, "The engine was closed before or while the call ran.");
+create_exception!(
+    astrai_rs._core,
+    CheckpointError,
+    PyValueError,
+    "A model file is incomplete, damaged or holds too much."
+);
+create_exception!(
+    astrai_rs._core,
+    EngineClosed,
+    PyRuntimeError,
+    "The engine was closed before or while the call ran."
+);
 
 impl From<Error> for PyErr {
     fn from(error: Error) -> Self {

@@ -13,7 +13,10 @@ use crate::config::DType;
 
 /// Every metadata key of a GGUF file, arrays as lists.
 #[pyfunction]
-pub(super) fn gguf_metadata(py: Python<'_>, path: PathBuf) -> PyResult<BTreeMap<String, Py<PyAny>>> {
+pub(super) fn gguf_metadata(
+    py: Python<'_>,
+    path: PathBuf,
+) -> PyResult<BTreeMap<String, Py<PyAny>>> {
     let metadata = py.detach(|| gguf::metadata(&path))?;
     metadata.into_iter().map(|(key, value)| Ok((key, to_python(py, value)?))).collect()
 }

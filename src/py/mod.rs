@@ -3,6 +3,7 @@
 mod engine;
 mod error;
 mod metadata;
+mod params;
 
 use pyo3::prelude::*;
 

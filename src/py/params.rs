@@ -1,12 +1,105 @@
-//! Keyword arguments of `submit` → [`SamplingOptions`].
+//! Keyword arguments → [`EngineOptions`] and [`SamplingOptions`].
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
+use crate::backend::Backend;
+use crate::checkpoint;
+use crate::config::{DType, EngineConfig};
+use crate::error::{Error, Result};
+use crate::runner::{CapacityRequest, Runner};
 use crate::sampler::SamplingOptions;
+
+/// The keyword arguments of `Engine`, checked as far as that is possible without the model.
+#[derive(Debug)]
+pub(super) struct EngineOptions {
+    pub(super) dtype: DType,
+    capacity: CapacityRequest,
+    max_num_batched_tokens: usize,
+    enable_prefix_caching: bool,
+    num_threads: Option<usize>,
+    seed: Option<u64>,
+    eos_token_ids: Vec<u32>,
+}
+
+impl EngineOptions {
+    pub(super) fn read(fields: Option<&Bound<'_, PyDict>>) -> PyResult<Self> {
+        let mut options = Self {
+            dtype: DType::Auto,
+            capacity: CapacityRequest { max_num_seqs: 256, ..CapacityRequest::default() },
+            max_num_batched_tokens: 2048,
+            enable_prefix_caching: true,
+            num_threads: None,
+            seed: None,
+            eos_token_ids: Vec::new(),
+        };
+        for (name, value) in fields.into_iter().flatten() {
+            options.set(&name.extract::<String>()?, &value)?;
+        }
+        Ok(options)
+    }
+
+    fn set(&mut self, name: &str, value: &Bound<'_, PyAny>) -> PyResult<()> {
+        match name {
+            "device" => check_device(&read::<String>(name, value)?)?,
+            "dtype" => self.dtype = DType::parse(&read::<String>(name, value)?)?,
+            "max_model_len" => self.capacity.max_model_len = read(name, value)?,
+            "max_num_seqs" => self.capacity.max_num_seqs = read(name, value)?,
+            "max_num_batched_tokens" => self.max_num_batched_tokens = read(name, value)?,
+            "kv_cache_tokens" => self.capacity.kv_cache_tokens = read(name, value)?,
+            "enable_prefix_caching" => self.enable_prefix_caching = read(name, value)?,
+            "num_threads" => self.num_threads = read(name, value)?,
+            "seed" => self.seed = read(name, value)?,
+            "eos_token_ids" => self.eos_token_ids = read(name, value)?,
+            _ => return Err(PyTypeError::new_err(format!("Engine has no argument {name:?}"))),
+        }
+        Ok(())
+    }
+
+    pub(super) fn backend(&self) -> Result<Backend> {
+        Backend::cpu(self.num_threads, self.dtype)
+    }
+
+    /// Loads the model for the engine thread.
+    pub(super) fn load(self, path: &Path, backend: Backend) -> Result<(Runner, EngineConfig)> {
+        let checkpoint = checkpoint::load(path)?;
+        let vocab_size = checkpoint.spec.vocab_size;
+        let (runner, capacity) = Runner::load(checkpoint, backend, &self.capacity)?;
+        let config = EngineConfig {
+            max_model_len: capacity.max_model_len,
+            max_num_seqs: self.capacity.max_num_seqs,
+            max_num_batched_tokens: self.max_num_batched_tokens,
+            num_blocks: capacity.num_blocks,
+            enable_prefix_caching: self.enable_prefix_caching,
+            seed: self.seed.unwrap_or_else(random_seed),
+            eos_token_ids: self.eos_token_ids,
+            vocab_size,
+        };
+        Ok((runner, config))
+    }
+}
+
+fn check_device(device: &str) -> Result<()> {
+    match device {
+        "auto" | "cpu" => Ok(()),
+        "cuda" => Err(Error::unsupported(
+            "device \"cuda\": this build has no CUDA; use \"cpu\" or \"auto\"",
+        )),
+        _ => {
+            Err(Error::invalid(format!("device must be one of auto, cpu, cuda; given: {device:?}")))
+        }
+    }
+}
+
+/// A seed that differs from engine to engine: the standard library keys its hasher from the system.
+fn random_seed() -> u64 {
+    use std::hash::{BuildHasher, RandomState};
+    RandomState::new().hash_one(std::process::id())
+}
 
 /// Reads every given field; an unknown name or a value of another type is an error that names it.
 pub(super) fn sampling_options(fields: Option<&Bound<'_, PyDict>>) -> PyResult<SamplingOptions> {
@@ -51,8 +144,6 @@ fn read<'py, T>(name: &str, value: &Bound<'py, PyAny>) -> PyResult<T>
 where
     T: for<'a> FromPyObject<'a, 'py>,
 {
-    value.extract().map_err(|error| {
-        let error: PyErr = error.into();
-        PyValueError::new_err(format!("{name}: {error}"))
-    })
+    let named = |error: PyErr| PyValueError::new_err(format!("{name}: {error}"));
+    value.extract::<T>().map_err(Into::into).map_err(named)
 }

@@ -1,0 +1,221 @@
+//! `Engine` and `Event`: the engine thread's handle and its events, as Python sees them.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use pyo3::IntoPyObjectExt;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use super::params::{EngineOptions, sampling_options};
+use crate::engine::thread::EngineHandle;
+use crate::engine::{self, Request};
+use crate::error::{Error, Result};
+use crate::sampler::{SamplingParams, TokenLogprob};
+use crate::sequence::{FinishReason, SampleMetrics};
+
+/// `(id, logprob, rank)`.
+type Entry = (u32, f32, u32);
+
+/// A loaded model and the thread that runs it. Every method may be called from any thread.
+#[pyclass(frozen, module = "astrai_rs._core")]
+#[derive(Debug)]
+pub(super) struct Engine {
+    handle: EngineHandle,
+    dtype: &'static str,
+    num_threads: usize,
+}
+
+#[pymethods]
+impl Engine {
+    #[new]
+    #[pyo3(signature = (path, **options))]
+    fn new(py: Python<'_>, path: PathBuf, options: Option<&Bound<'_, PyDict>>) -> PyResult<Self> {
+        let options = EngineOptions::read(options)?;
+        Ok(py.detach(|| {
+            let dtype = options.dtype.name();
+            let backend = options.backend()?;
+            let num_threads = backend.num_threads();
+            let handle = EngineHandle::start(move || options.load(&path, backend))?;
+            Result::Ok(Self { handle, dtype, num_threads })
+        })?)
+    }
+
+    /// Queue a request and return its id.
+    #[pyo3(signature = (prompt_token_ids, **params))]
+    fn submit(
+        &self,
+        py: Python<'_>,
+        prompt_token_ids: Vec<i64>,
+        params: Option<&Bound<'_, PyDict>>,
+    ) -> PyResult<u64> {
+        let options = sampling_options(params)?;
+        Ok(py.detach(|| {
+            let vocab_size = self.handle.config().vocab_size;
+            let prompt = token_ids(&prompt_token_ids, vocab_size)?;
+            let params = SamplingParams::new(&options, vocab_size)?;
+            self.handle.submit(Request { prompt, params })
+        })?)
+    }
+
+    /// Stop a request, or one sample of it. Unknown and finished ids are ignored.
+    #[pyo3(signature = (request_id, sample = None))]
+    fn abort(&self, py: Python<'_>, request_id: u64, sample: Option<u32>) {
+        py.detach(|| self.handle.abort(request_id, sample));
+    }
+
+    /// Wait up to `timeout` seconds for events.
+    fn poll(&self, py: Python<'_>, timeout: f64) -> PyResult<Vec<Event>> {
+        let timeout = Duration::try_from_secs_f64(timeout)
+            .map_err(|_| Error::invalid(format!("timeout must be at least 0; given: {timeout}")))?;
+        let events = py.detach(|| self.handle.poll(timeout))?;
+        Ok(events.into_iter().map(Event).collect())
+    }
+
+    /// Gauges and counters by name.
+    fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let stats = py.detach(|| self.handle.stats());
+        let dict = PyDict::new(py);
+        dict.set_item("num_requests_running", stats.num_requests_running)?;
+        dict.set_item("num_requests_waiting", stats.num_requests_waiting)?;
+        dict.set_item("kv_blocks_used", stats.kv_blocks_used)?;
+        dict.set_item("kv_blocks_total", stats.kv_blocks_total)?;
+        dict.set_item("kv_blocks_cached", stats.kv_blocks_cached)?;
+        dict.set_item("prefix_cache_queries", stats.prefix_cache_queries)?;
+        dict.set_item("prefix_cache_hits", stats.prefix_cache_hits)?;
+        dict.set_item("preemptions", stats.preemptions)?;
+        dict.set_item("prompt_tokens_total", stats.prompt_tokens_total)?;
+        dict.set_item("generation_tokens_total", stats.generation_tokens_total)?;
+        dict.set_item("uptime_s", stats.uptime_s)?;
+        dict.set_item("steps", stats.steps)?;
+        dict.set_item("heartbeat_s", stats.heartbeat_s)?;
+        Ok(dict)
+    }
+
+    /// Forget every cached beginning of a prompt.
+    fn clear_prefix_cache(&self, py: Python<'_>) -> PyResult<()> {
+        Ok(py.detach(|| self.handle.clear_prefix_cache())?)
+    }
+
+    /// Stop the engine thread; live requests get an error event. Idempotent.
+    fn close(&self, py: Python<'_>) {
+        py.detach(|| self.handle.close());
+    }
+
+    #[getter]
+    fn vocab_size(&self) -> usize {
+        self.handle.config().vocab_size
+    }
+
+    #[getter]
+    fn max_model_len(&self) -> usize {
+        self.handle.config().max_model_len
+    }
+
+    #[getter]
+    fn kv_cache_tokens(&self) -> usize {
+        self.handle.config().num_blocks * crate::config::BLOCK_SIZE
+    }
+
+    #[getter]
+    fn device(&self) -> &'static str {
+        "cpu"
+    }
+
+    #[getter]
+    fn dtype(&self) -> &'static str {
+        self.dtype
+    }
+
+    #[getter]
+    fn num_threads(&self) -> usize {
+        self.num_threads
+    }
+}
+
+fn token_ids(given: &[i64], vocab_size: usize) -> Result<Vec<u32>> {
+    let id = |&id: &i64| match u32::try_from(id) {
+        Ok(id) if (id as usize) < vocab_size => Ok(id),
+        _ => Err(Error::invalid(format!(
+            "prompt token ids must be between 0 and {}; given: {id}",
+            vocab_size - 1
+        ))),
+    };
+    given.iter().map(id).collect()
+}
+
+/// What one step produced for one sample of one request.
+#[pyclass(frozen, module = "astrai_rs._core")]
+#[derive(Debug)]
+pub(super) struct Event(engine::Event);
+
+#[pymethods]
+impl Event {
+    #[getter]
+    fn request_id(&self) -> u64 {
+        self.0.id.request
+    }
+
+    #[getter]
+    fn sample(&self) -> u32 {
+        self.0.id.sample
+    }
+
+    #[getter]
+    fn token_ids(&self) -> &[u32] {
+        &self.0.token_ids
+    }
+
+    #[getter]
+    fn logprobs(&self) -> Option<Vec<Vec<Entry>>> {
+        self.0.logprobs.as_ref().map(|tokens| tokens.iter().map(|token| entries(token)).collect())
+    }
+
+    #[getter]
+    fn prompt_logprobs(&self) -> Option<Vec<Option<Vec<Entry>>>> {
+        let tokens = self.0.prompt_logprobs.as_ref()?;
+        Some(tokens.iter().map(|token| token.as_deref().map(entries)).collect())
+    }
+
+    #[getter]
+    fn finish_reason(&self) -> Option<&'static str> {
+        self.0.finish.as_ref().map(|finish| finish.reason.name())
+    }
+
+    #[getter]
+    fn stop_reason(&self) -> Option<u32> {
+        match self.0.finish.as_ref()?.reason {
+            FinishReason::Stop(token) => token,
+            _ => None,
+        }
+    }
+
+    #[getter]
+    fn error(&self) -> Option<(String, String)> {
+        match &self.0.finish.as_ref()?.reason {
+            FinishReason::Error(error) => Some((format!("{:?}", error.kind()), error.to_string())),
+            _ => None,
+        }
+    }
+
+    #[getter]
+    fn metrics(&self, py: Python<'_>) -> PyResult<Option<BTreeMap<&'static str, Py<PyAny>>>> {
+        self.0.finish.as_ref().map(|finish| metrics(py, &finish.metrics)).transpose()
+    }
+}
+
+fn entries(token: &[TokenLogprob]) -> Vec<Entry> {
+    token.iter().map(|entry| (entry.id, entry.logprob, entry.rank)).collect()
+}
+
+fn metrics(py: Python<'_>, metrics: &SampleMetrics) -> PyResult<BTreeMap<&'static str, Py<PyAny>>> {
+    Ok(BTreeMap::from([
+        ("arrival_time", metrics.arrival_time.into_py_any(py)?),
+        ("first_scheduled_time", metrics.first_scheduled_time.into_py_any(py)?),
+        ("first_token_time", metrics.first_token_time.into_py_any(py)?),
+        ("finished_time", metrics.finished_time.into_py_any(py)?),
+        ("num_cached_tokens", metrics.num_cached_tokens.into_py_any(py)?),
+        ("num_preemptions", metrics.num_preemptions.into_py_any(py)?),
+    ]))
+}
