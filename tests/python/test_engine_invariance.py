@@ -15,7 +15,7 @@ Result = list[tuple[list[int], list[dict[int, float]] | None, str | None]]
 
 def random_params(rng: random.Random, index: int) -> SamplingParams:
     """A mixture over every sampling field; each is set in some requests only."""
-    fields: dict[str, Any] = {"seed": index, "max_tokens": rng.randint(1, 24), "ignore_eos": rng.random() < 0.7}
+    fields: dict[str, Any] = {"seed": index, "max_tokens": rng.randint(1, 48), "ignore_eos": rng.random() < 0.7}
 
     def sometimes(name: str, value: Any, chance: float = 0.3) -> None:
         if rng.random() < chance:
@@ -41,7 +41,7 @@ def random_params(rng: random.Random, index: int) -> SamplingParams:
 def random_requests(count: int = REQUESTS) -> tuple[list[list[int]], list[SamplingParams]]:
     """Prompts that often share prefixes, some longer than a block, a few longer than a window."""
     rng = random.Random(20)
-    prefixes = [[rng.randrange(VOCAB) for _ in range(rng.choice([16, 33, 64]))] for _ in range(6)]
+    prefixes = [[rng.randrange(VOCAB) for _ in range(rng.choice([16, 33, 48]))] for _ in range(6)]
     prompts = []
     for _ in range(count):
         prefix = rng.choice(prefixes) if rng.random() < 0.6 else []
@@ -69,15 +69,15 @@ def generate(model: str, dtype: str, requests: Any, *, alone: bool = False, **op
             return results([engine.generate(p, s) for p, s in zip(prompts, params, strict=True)])
         outputs = engine.generate(prompts, params)
         if "kv_cache_tokens" in options:
-            assert engine.stats()["preemptions"] > 0, "the small cache must preempt"
+            assert engine.stats()["preemptions"] > 5, "the small cache must preempt"
         return results(outputs)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "batched": {"enable_prefix_caching": False},
     "prefix hits": {},
-    "preemption": {"kv_cache_tokens": 256, "max_model_len": 192, "enable_prefix_caching": False},
-    "preemption and prefix hits": {"kv_cache_tokens": 320, "max_model_len": 192},
+    "preemption": {"kv_cache_tokens": 160, "max_model_len": 144, "enable_prefix_caching": False},
+    "preemption and prefix hits": {"kv_cache_tokens": 208, "max_model_len": 144},
     "budget 1": {"max_num_batched_tokens": 1, "max_num_seqs": 5},
     "budget 7": {"max_num_batched_tokens": 7},
     "budget 64": {"max_num_batched_tokens": 64, "max_num_seqs": 17},
