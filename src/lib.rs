@@ -1,4 +1,48 @@
-//! astrai_rs: an LLM inference engine.
+//! An LLM inference engine. Token ids in, token ids out; text lives in Python.
+//!
+//! # Layout
+//!
+//! ```text
+//!         cli ─ engine.py ─ tokenizer/chat_template               text, asyncio (Python)
+//! ═══════════════════════ py ════════════════════════════  ids, numbers, paths, errors
+//!         engine::thread ─→ engine → scheduler → cache::{block,prefix}   integers only
+//!                │             ├→ sampler
+//!                │             └→ step (trait Forward)
+//!                ├─→ runner ───────┘
+//!                │      ├→ decoder → layers → backend → candle / SIMD
+//!                │      └→ cache::pool
+//!                └─→ checkpoint → spec, weights
+//!         error · config · spec · weights · cache::block      leaves
+//! ```
+//!
+//! # Reading order: the life of a request
+//!
+//! 1. [`sequence`]: one sample's ids, counters and block table; [`sampler`]: its parameters.
+//! 2. [`scheduler`]: waiting and running sequences → the work of the next step, over [`cache`].
+//! 3. [`step`]: what policy hands to tensors; [`engine`] runs schedule → forward → sample → commit,
+//!    on the thread of [`engine::thread`].
+//! 4. [`runner`] packs a step; [`decoder`] is the forward pass over [`layers`]; [`backend`] has the
+//!    fused ops, their naive reference and the CPU kernels.
+//! 5. [`checkpoint`] turns files into a [`spec::ModelSpec`] and [`weights::Weights`].
+//!
+//! # Invariants
+//!
+//! `tests/architecture.rs` checks the import rules among them.
+//!
+//! 1. **The engine knows nothing about text.** Only ids, numbers, paths and errors cross to Python.
+//! 2. **Policy never touches a tensor.** `scheduler`, `step`, `sequence`, `sampler`, `config`,
+//!    `cache::{block, prefix}` and `engine` import no candle; they are tested without a model.
+//! 3. **There is one forward pass.** What varies between families is data in [`spec::ModelSpec`].
+//! 4. **Names are canonical past the checkpoint.** No format flag survives loading.
+//! 5. **Every op has a reference version**, [`backend::reference`], and it is the specification.
+//! 6. **Only `py` names `PyO3`**; the crate builds, tests and benches without Python.
+//! 7. **Only `checkpoint` reads files; unsafe lives only in `backend::cpu` and the one mmap.**
+//! 8. **The engine thread owns all mutable state**; others send commands and receive events.
+//! 9. **Nothing is guessed silently.** What is missing, unknown, misshapen or unsupported is an error
+//!    that names it, what was given and what is allowed.
+//! 10. **Batch invariance.** The arithmetic of one row never depends on which rows share its batch, on
+//!     the chunking of its prefill or on a prefix hit: every kernel has one order of reduction per
+//!     output element. Tested bitwise.
 
 pub mod backend;
 pub mod cache;
