@@ -234,8 +234,8 @@ impl Scheduler {
                 request: sequence.id().request,
                 // Prompt log-probabilities need every row of the prompt.
                 lookup: sequence.prompt_logprobs.is_none(),
-                // A block for each running sequence to grow, or the newcomer would soon be preempted.
-                spare: self.running.len(),
+                // Or the newcomer would be preempted in the next step.
+                spare: self.running.iter().filter(|other| other.grows_next()).count(),
             });
             let Some(table) = allocated else { break };
             let mut sequence = next.remove();
