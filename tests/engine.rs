@@ -13,7 +13,7 @@ use astrai_rs::error::{Error, ErrorKind};
 use astrai_rs::sampler::SamplingOptions;
 use fake::{Fake, Fault, Outputs, Rng, collect, config, engine, greedy, reference, request, run};
 
-const FOREVER: Duration = Duration::from_secs(60);
+const FOREVER: Duration = Duration::from_mins(1);
 
 /// A mixture over every field; each is set in some requests only.
 fn random_options(rng: &mut Rng, vocab: usize) -> SamplingOptions {
@@ -38,7 +38,7 @@ fn random_options(rng: &mut Rng, vocab: usize) -> SamplingOptions {
     sometimes(30, &mut |_| o.ignore_eos = true);
     sometimes(30, &mut |rng| o.logit_bias = vec![(rng.below(vocab) as i64, rng.range(-5.0, 5.0))]);
     sometimes(10, &mut |rng| {
-        o.allowed_token_ids = Some([rng.ids(6, vocab), (0..6).collect()].concat())
+        o.allowed_token_ids = Some([rng.ids(6, vocab), (0..6).collect()].concat());
     });
     sometimes(20, &mut |rng| o.bad_words = vec![rng.ids(1, vocab), rng.ids(2, vocab)]);
     sometimes(50, &mut |rng| o.logprobs = Some([-1, 0, 1, 5][rng.below(4)]));
@@ -56,12 +56,15 @@ fn random_requests(count: usize) -> Vec<(Vec<u32>, SamplingOptions)> {
         let mut prompt = Vec::new();
         if !prompts.is_empty() && rng.chance(60) {
             let other = &prompts[rng.below(prompts.len())];
-            prompt.extend_from_slice(&other[..rng.below(other.len()) + 1]);
+            prompt.extend_from_slice(&other[..=rng.below(other.len())]);
         }
         prompt.extend((0..=rng.below(40)).map(|_| rng.below(vocab) as u32));
         prompt.truncate(90);
         prompts.push(prompt.clone());
-        (prompt, random_options(&mut rng, vocab))
+        let options = random_options(&mut rng, vocab);
+        // The seed of a request without one comes from its id, and that differs between the runs.
+        let seed = options.seed.or(Some(prompts.len() as u64));
+        (prompt, SamplingOptions { seed, ..options })
     });
     requests.collect()
 }
@@ -70,34 +73,11 @@ fn random_requests(count: usize) -> Vec<(Vec<u32>, SamplingOptions)> {
 fn outputs_do_not_depend_on_batch_chunks_cache_or_preemption() {
     let requests = random_requests(300);
     let base = EngineConfig { eos_token_ids: vec![3, 4], ..config() };
-    let mut alone = Outputs::new();
-    for (index, (prompt, options)) in requests.iter().enumerate() {
-        // The seed of a request without one comes from its id; give each the id it has below.
-        let options = seeded(options, index);
-        let mut engine = engine(&EngineConfig { enable_prefix_caching: false, ..base.clone() });
-        engine.submit(request(prompt.clone(), &options, &base)).expect("fits");
-        for (id, output) in run(&mut engine) {
-            alone.insert(SequenceId { request: index as u64, ..id }, output);
-        }
-    }
-    let small = |num_blocks| EngineConfig { num_blocks, ..base.clone() };
-    let budget = |max_num_batched_tokens| EngineConfig { max_num_batched_tokens, ..base.clone() };
-    let variants = [
-        ("together", EngineConfig { enable_prefix_caching: false, ..base.clone() }),
-        ("prefix hits", base.clone()),
-        ("preemption", EngineConfig { enable_prefix_caching: false, ..small(20) }),
-        ("preemption and prefix hits", small(14)),
-        ("budget 1", budget(1)),
-        ("budget 2", budget(2)),
-        ("budget 7", budget(7)),
-        ("budget 64", EngineConfig { max_num_seqs: 17, ..budget(64) }),
-        ("small everything", EngineConfig { max_num_seqs: 5, num_blocks: 9, ..budget(33) }),
-    ];
-    for (name, config) in variants {
+    let alone = run_alone(&requests, &base);
+    for (name, config) in variants(&base) {
         let mut engine = engine(&config);
-        for (index, (prompt, options)) in requests.iter().enumerate() {
-            let options = seeded(options, index);
-            engine.submit(request(prompt.clone(), &options, &config)).expect("fits");
+        for (prompt, options) in &requests {
+            engine.submit(request(prompt.clone(), options, &config)).expect("fits");
         }
         let outputs = run(&mut engine);
         assert_eq!(outputs.len(), alone.len());
@@ -108,19 +88,38 @@ fn outputs_do_not_depend_on_batch_chunks_cache_or_preemption() {
         assert!(engine.stats().prefix_cache_hits > 0 || !name.contains("hits"), "{name}");
         assert_eq!(engine.stats().kv_blocks_used, 0);
     }
-    // And both are what the sampler gives without any engine.
-    for (index, (prompt, options)) in requests.iter().enumerate() {
-        let options = seeded(options, index);
-        for sample in 0..options.n as u32 {
-            let id = SequenceId { request: index as u64, sample };
-            let expect = reference(&request(prompt.clone(), &options, &base), &options, id, &base);
-            assert_eq!((&alone[&id].tokens, &alone[&id].finish), (&expect.tokens, &expect.finish));
-        }
-    }
 }
 
-fn seeded(options: &SamplingOptions, index: usize) -> SamplingOptions {
-    SamplingOptions { seed: options.seed.or(Some(index as u64)), ..options.clone() }
+fn variants(base: &EngineConfig) -> Vec<(&'static str, EngineConfig)> {
+    let small = |num_blocks| EngineConfig { num_blocks, ..base.clone() };
+    let budget = |max_num_batched_tokens| EngineConfig { max_num_batched_tokens, ..base.clone() };
+    vec![
+        ("together", EngineConfig { enable_prefix_caching: false, ..base.clone() }),
+        ("prefix hits", base.clone()),
+        ("preemption", EngineConfig { enable_prefix_caching: false, ..small(20) }),
+        ("preemption and prefix hits", small(14)),
+        ("budget 1", budget(1)),
+        ("budget 2", budget(2)),
+        ("budget 7", budget(7)),
+        ("budget 64", EngineConfig { max_num_seqs: 17, ..budget(64) }),
+        ("small everything", EngineConfig { max_num_seqs: 5, num_blocks: 9, ..budget(33) }),
+    ]
+}
+
+/// Each request in an engine of its own, and checked against the sampler without any engine.
+fn run_alone(requests: &[(Vec<u32>, SamplingOptions)], base: &EngineConfig) -> Outputs {
+    let mut outputs = Outputs::new();
+    for (index, (prompt, options)) in requests.iter().enumerate() {
+        let mut engine = engine(&EngineConfig { enable_prefix_caching: false, ..base.clone() });
+        let given = request(prompt.clone(), options, base);
+        engine.submit(given.clone()).expect("fits");
+        for (id, output) in run(&mut engine) {
+            let expect = reference(&given, options, id, base);
+            assert_eq!((&output.tokens, &output.finish), (&expect.tokens, &expect.finish));
+            outputs.insert(SequenceId { request: index as u64, ..id }, output);
+        }
+    }
+    outputs
 }
 
 #[test]
@@ -425,7 +424,7 @@ fn aborts_through_the_thread_free_everything() {
     let handle = start(&config, |_| {});
     let mut rng = Rng(9);
     for _ in 0..1000 {
-        let prompt = (0..1 + rng.below(50)).map(|_| rng.below(3) as u32).collect();
+        let prompt = (0..=rng.below(50)).map(|_| rng.below(3) as u32).collect();
         let id = handle.submit(request(prompt, &greedy(70), &config)).expect("open");
         handle.abort(id, None);
     }

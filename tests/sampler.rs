@@ -63,19 +63,15 @@ fn possible_draws(logits: &[f64], o: &SamplingOptions, u: f64, slack: f64) -> BT
             logits.iter().map(|&l| ((l - max) / o.temperature).exp()).collect();
         let mut order: Vec<usize> = (0..weights.len()).collect();
         order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
-        if o.top_k > 0 && (o.top_k as usize) < order.len() {
-            let bar = logits[order[o.top_k as usize - 1]] - slack.abs();
-            weights.iter_mut().zip(logits).for_each(|(w, &l)| {
-                if l < bar {
-                    *w = 0.0
-                }
-            });
-        }
-        weights.iter_mut().for_each(|w| {
-            if *w < o.min_p * (1.0 + slip) {
-                *w = 0.0
+        let bar = match o.top_k {
+            k if k > 0 && (k as usize) < order.len() => logits[order[k as usize - 1]] - slack,
+            _ => f64::NEG_INFINITY,
+        };
+        for (weight, &logit) in weights.iter_mut().zip(logits) {
+            if logit < bar || *weight < o.min_p * (1.0 + slip) {
+                *weight = 0.0;
             }
-        });
+        }
         let total: f64 = weights.iter().sum();
         let mut sum = 0.0;
         for &id in &order {
