@@ -8,6 +8,7 @@ use std::sync::Arc;
 use astrai_rs::cache::block::BlockTable;
 use astrai_rs::cache::{Allocation, KvCache};
 use astrai_rs::config::EngineConfig;
+use astrai_rs::engine::stats::Stats;
 use astrai_rs::engine::{Engine, Request, RequestId, SequenceId};
 use astrai_rs::sampler::SamplingOptions;
 use fake::{Fake, Outputs, Rng, collect, config, engine, greedy, reference, request};
@@ -183,6 +184,7 @@ fn a_hundred_thousand_random_cache_calls() {
 /// submitted, aborted and finished at random. Books and outputs are checked at every step.
 #[test]
 fn a_hundred_thousand_random_steps() {
+    let (mut preemptions, mut hits) = (0, 0);
     for seed in 0..10 {
         let mut rng = Rng(seed << 32);
         let config = EngineConfig {
@@ -194,11 +196,14 @@ fn a_hundred_thousand_random_steps() {
             vocab_size: 2,
             ..config()
         };
-        random_steps(&config, &mut rng, 10_000);
+        let stats = random_steps(&config, &mut rng, 10_000);
+        preemptions += stats.preemptions;
+        hits += stats.prefix_cache_hits;
     }
+    assert!(preemptions > 1000 && hits > 1000, "{preemptions} preemptions, {hits} hits");
 }
 
-fn random_steps(config: &EngineConfig, rng: &mut Rng, steps: usize) {
+fn random_steps(config: &EngineConfig, rng: &mut Rng, steps: usize) -> Stats {
     let mut engine = engine(config);
     let mut open: BTreeMap<RequestId, (Request, SamplingOptions)> = BTreeMap::new();
     let mut outputs = Outputs::new();
@@ -237,6 +242,7 @@ fn random_steps(config: &EngineConfig, rng: &mut Rng, steps: usize) {
         (stats.kv_blocks_used, stats.num_requests_running, stats.num_requests_waiting),
         (0, 0, 0)
     );
+    stats
 }
 
 /// Whether a sample has ended; if so, its output must be what the sampler alone gives.
