@@ -81,9 +81,7 @@ impl Bytes {
     pub fn new(owner: Arc<dyn AsRef<[u8]> + Send + Sync>, range: Range<usize>) -> Result<Self> {
         let len = owner.as_ref().as_ref().len();
         if range.start > range.end || range.end > len {
-            return Err(Error::checkpoint(format!(
-                "bytes {range:?} lie outside of the {len} present"
-            )));
+            return Err(Error::checkpoint(format!("bytes {range:?} lie outside of the {len} present")));
         }
         Ok(Self { owner, range })
     }
@@ -194,9 +192,10 @@ impl Weights {
 
     /// Takes the tensor out; an error names it when it is missing or has another shape.
     pub fn take(&mut self, name: &str, shape: &[usize]) -> Result<StoredTensor> {
-        let tensor = self.tensors.remove(name).ok_or_else(|| {
-            Error::checkpoint(format!("tensor `{name}` of shape {shape:?} is missing"))
-        })?;
+        let tensor = self
+            .tensors
+            .remove(name)
+            .ok_or_else(|| Error::checkpoint(format!("tensor `{name}` of shape {shape:?} is missing")))?;
         if tensor.shape != shape {
             return Err(Error::checkpoint(format!(
                 "tensor `{}` has shape {:?}, expected {shape:?}",
