@@ -62,7 +62,247 @@ impl Scheduler {
 
     /// The longest that a sequence can become. The last token needs no place in the cache.
     #[must_use]
-    pub fn samples_of(request: RequestId) -> RangeInclusive<SequenceId> {
+    pub fn max_len(&self) -> usize {
+        self.max_model_len.min(self.cache.stats().total * BLOCK_SIZE + 1)
+    }
+
+    /// Queues the samples of one request: the first now, the others when the prompt is computed.
+    pub fn submit(&mut self, mut samples: VecDeque<Sequence>) {
+        let Some(first) = samples.pop_front() else { return };
+        self.hold(first.id().request, samples);
+        self.waiting.insert(first.id(), first);
+    }
+
+    /// Plans what each running sequence computes next (its [`Sequence::chunk`]); returns the tokens.
+    pub fn schedule(&mut self, now: f64) -> usize {
+        let mut left = Budget { tokens: self.max_num_batched_tokens, rows: self.max_rows };
+        for sequence in &mut self.running {
+            sequence.planned = None;
+        }
+        let preempted = self.plan_decodes(&mut left);
+        for sequence in &mut self.running {
+            if sequence.planned.is_none() {
+                plan(sequence, &mut left);
+            }
+        }
+        if !preempted {
+            self.admit(&mut left, now);
+        }
+        self.max_num_batched_tokens - left.tokens
+    }
+
+    /// Commits the planned tokens, which are now in the cache.
+    pub fn advance(&mut self) {
+        let mut released = Vec::new();
+        for sequence in &mut self.running {
+            let Some(planned) = sequence.planned else { continue };
+            sequence.num_computed += planned.len;
+            if let Some(mut table) = sequence.table.take() {
+                self.cache.commit(&mut table, sequence.tokens(), sequence.num_computed);
+                sequence.table = Some(table);
+            }
+            if sequence.num_computed >= sequence.num_prompt() {
+                released.extend(self.held.remove(&sequence.id().request).into_iter().flatten());
+            }
+        }
+        self.waiting.extend(released.into_iter().map(|sample| (sample.id(), sample)));
+    }
+
+    /// Takes out the running sequences that are finished.
+    pub fn sweep(&mut self) {
+        let finished: Vec<Sequence> =
+            self.running.extract_if(.., |sequence| sequence.is_finished).collect();
+        for sequence in finished {
+            self.retire(sequence);
+        }
+    }
+
+    /// Takes out one sample, or all of a request, and returns them.
+    pub fn remove(&mut self, request: RequestId, sample: Option<u32>) -> Vec<Sequence> {
+        let matches =
+            |id: SequenceId| id.request == request && sample.is_none_or(|s| s == id.sample);
+        let mut removed = Vec::new();
+        if let Some(held) = self.held.remove(&request) {
+            let (taken, kept): (VecDeque<_>, VecDeque<_>) =
+                held.into_iter().partition(|sequence| matches(sequence.id()));
+            removed.extend(taken);
+            self.hold(request, kept);
+        }
+        let waiting = self.waiting.extract_if(samples_of(request), |&id, _| matches(id));
+        removed.extend(waiting.map(|(_, sequence)| sequence));
+        removed.extend(self.running.extract_if(.., |sequence| matches(sequence.id())));
+        removed.into_iter().map(|sequence| self.retire(sequence)).collect()
+    }
+
+    /// The running sequences, oldest first.
+    #[must_use]
+    pub fn running(&self) -> &[Sequence] {
+        &self.running
+    }
+
+    /// The running sequences, oldest first.
+    pub fn running_mut(&mut self) -> &mut [Sequence] {
+        &mut self.running
+    }
+
+    /// All live sequences.
+    pub fn live(&self) -> impl Iterator<Item = &Sequence> {
+        let held = self.held.values().flatten();
+        self.running.iter().chain(self.waiting.values()).chain(held)
+    }
+
+    /// Sequences that wait for a place.
+    #[must_use]
+    pub fn num_waiting(&self) -> usize {
+        self.waiting.len() + self.held.values().map(VecDeque::len).sum::<usize>()
+    }
+
+    /// Whether there is nothing to do.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.running.is_empty() && self.waiting.is_empty()
+    }
+
+    /// How often a running sequence has lost its blocks.
+    #[must_use]
+    pub fn preemptions(&self) -> u64 {
+        self.preemptions
+    }
+
+    /// The cache's counts.
+    #[must_use]
+    pub fn cache_stats(&self) -> CacheStats {
+        self.cache.stats()
+    }
+
+    /// Forgets every prefix.
+    pub fn clear_prefix_cache(&mut self) {
+        self.cache.clear_prefix_cache();
+    }
+
+    /// Checks the cache against the live sequences. For tests: it is slow.
+    pub fn check(&self) -> Result<()> {
+        let tables = self.running.iter().filter_map(|sequence| sequence.table.as_ref());
+        if tables.clone().count() != self.running.len() {
+            return Err(Error::bug("a running sequence has no blocks"));
+        }
+        if self.is_idle() && !self.held.is_empty() {
+            return Err(Error::bug("samples are held with nobody to wait for"));
+        }
+        self.cache.check(tables)
+    }
+
+    /// Plans decode rows, oldest first. True when that took blocks from a sequence.
+    fn plan_decodes(&mut self, left: &mut Budget) -> bool {
+        let (mut index, mut preempted) = (0, false);
+        while index < self.running.len() && left.tokens > 0 {
+            let sequence = &mut self.running[index];
+            let len = sequence.tokens().len();
+            let is_decode = sequence.num_pending() == 1;
+            let table = sequence.table.as_mut();
+            if is_decode && !table.is_some_and(|table| self.cache.append(table, len)) {
+                // The victim may be `sequence` itself. If it is the only one left it fits: the
+                // engine ends sequences at `max_len`.
+                self.preempt_newest();
+                preempted = true;
+                continue;
+            }
+            if is_decode {
+                plan(sequence, left);
+            }
+            index += 1;
+        }
+        preempted
+    }
+
+    fn preempt_newest(&mut self) {
+        let Some(mut sequence) = self.running.pop() else { return };
+        if let Some(table) = sequence.preempt() {
+            self.cache.free(table);
+        }
+        self.preemptions += 1;
+        self.waiting.insert(sequence.id(), sequence);
+    }
+
+    /// Starts waiting sequences, in order; one that does not fit is not overtaken.
+    fn admit(&mut self, left: &mut Budget, now: f64) {
+        while left.tokens > 0 && self.running.len() < self.max_num_seqs {
+            let Some(next) = self.waiting.first_entry() else { break };
+            let sequence = next.get();
+            let allocated = self.cache.allocate(&Allocation {
+                tokens: sequence.tokens(),
+                request: sequence.id().request,
+                // Prompt log-probabilities need every row of the prompt.
+                lookup: sequence.prompt_logprobs.is_none(),
+                // Or the newcomer would be preempted in the next step.
+                spare: self.running.iter().filter(|other| other.grows_next()).count(),
+            });
+            let Some(table) = allocated else { break };
+            let mut sequence = next.remove();
+            sequence.start(table, now);
+            plan(&mut sequence, left);
+            // Samples and preempted sequences may be older than what runs.
+            let place = self.running.partition_point(|other| other.id() < sequence.id());
+            self.running.insert(place, sequence);
+        }
+    }
+
+    /// Frees what a departed sequence held; if samples wait for its prompt, the next takes over.
+    fn retire(&mut self, mut sequence: Sequence) -> Sequence {
+        if let Some(table) = sequence.table.take() {
+            self.cache.free(table);
+        }
+        let request = sequence.id().request;
+        if self.held.contains_key(&request) && !self.is_led(request) {
+            let mut held = self.held.remove(&request).unwrap_or_default();
+            self.waiting.extend(held.pop_front().map(|leader| (leader.id(), leader)));
+            self.hold(request, held);
+        }
+        sequence
+    }
+
+    /// Whether a sample of `request` is on its way to compute the prompt.
+    fn is_led(&self, request: RequestId) -> bool {
+        self.waiting.range(samples_of(request)).next().is_some()
+            || self.running.iter().any(|other| other.id().request == request)
+    }
+
+    fn hold(&mut self, request: RequestId, samples: VecDeque<Sequence>) {
+        if !samples.is_empty() {
+            self.held.insert(request, samples);
+        }
+    }
+}
+
+/// Refuses a prompt that can never run.
+pub fn check_prompt(prompt: &[u32], config: &EngineConfig) -> Result<()> {
+    let len = prompt.len();
+    if len == 0 {
+        return Err(Error::invalid("the prompt must hold at least one token; given: none"));
+    }
+    if let Some(id) = prompt.iter().find(|&&id| id as usize >= config.vocab_size) {
+        return Err(Error::invalid(format!(
+            "the prompt must hold token ids between 0 and {}; given: {id}",
+            config.vocab_size - 1
+        )));
+    }
+    if len >= config.max_model_len {
+        return Err(Error::invalid(format!(
+            "the prompt must leave room for a token within max_model_len: at most {} tokens; given: {len}",
+            config.max_model_len - 1
+        )));
+    }
+    let room = config.num_blocks * BLOCK_SIZE;
+    if len > room {
+        return Err(Error::invalid(format!(
+            "the prompt must fit the KV cache of {room} tokens ({} blocks of {BLOCK_SIZE}); given: {len} tokens",
+            config.num_blocks
+        )));
+    }
+    Ok(())
+}
+
+fn samples_of(request: RequestId) -> RangeInclusive<SequenceId> {
     SequenceId { request, sample: 0 }..=SequenceId { request, sample: u32::MAX }
 }
 
