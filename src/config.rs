@@ -68,13 +68,14 @@ pub struct EngineConfig {
 }
 
 impl EngineConfig {
-    /// Checks that every limit is positive and that one sequence of full length fits the cache.
+    /// Checks that every limit is positive. Sequences may be longer than the cache: they end where it does.
     pub fn validate(&self) -> Result<()> {
         for (name, value) in [
             ("max_model_len", self.max_model_len),
             ("max_num_seqs", self.max_num_seqs),
             ("max_num_batched_tokens", self.max_num_batched_tokens),
             ("kv_cache_tokens", self.num_blocks * BLOCK_SIZE),
+            ("vocab_size", self.vocab_size),
         ] {
             if value == 0 {
                 return Err(Error::invalid(format!("{name} must be at least 1; given: 0")));

@@ -8,6 +8,7 @@
 //! on, and since every sequence becomes the oldest, all finish.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::ops::RangeInclusive;
 
 use crate::cache::{Allocation, CacheStats, KvCache};
 use crate::config::{BLOCK_SIZE, EngineConfig};
@@ -62,7 +63,7 @@ impl Scheduler {
     /// The longest that a sequence can become. The last token needs no place in the cache.
     #[must_use]
     pub fn max_len(&self) -> usize {
-        max_len(self.max_model_len, self.cache.stats().total)
+        self.max_model_len.min(self.cache.stats().total * BLOCK_SIZE + 1)
     }
 
     /// Queues the samples of one request: the first now, the others when the prompt is computed.
@@ -72,7 +73,7 @@ impl Scheduler {
         self.waiting.insert(first.id(), first);
     }
 
-    /// Plans the next step into [`Sequence::planned`] of the running sequences; returns its tokens.
+    /// Plans what each running sequence computes next (its [`Sequence::chunk`]); returns the tokens.
     pub fn schedule(&mut self, now: f64) -> usize {
         let mut left = Budget { tokens: self.max_num_batched_tokens, rows: self.max_rows };
         for sequence in &mut self.running {
@@ -127,9 +128,8 @@ impl Scheduler {
             removed.extend(taken);
             self.hold(request, kept);
         }
-        let waiting: Vec<SequenceId> =
-            self.waiting.keys().copied().filter(|&id| matches(id)).collect();
-        removed.extend(waiting.iter().filter_map(|id| self.waiting.remove(id)));
+        let waiting = self.waiting.extract_if(samples_of(request), |&id, _| matches(id));
+        removed.extend(waiting.map(|(_, sequence)| sequence));
         removed.extend(self.running.extract_if(.., |sequence| matches(sequence.id())));
         removed.into_iter().map(|sequence| self.retire(sequence)).collect()
     }
@@ -234,8 +234,8 @@ impl Scheduler {
                 request: sequence.id().request,
                 // Prompt log-probabilities need every row of the prompt.
                 lookup: sequence.prompt_logprobs.is_none(),
-                // A block for each running sequence to grow, or the newcomer would soon be preempted.
-                spare: self.running.len(),
+                // Or the newcomer would be preempted in the next step.
+                spare: self.running.iter().filter(|other| other.grows_next()).count(),
             });
             let Some(table) = allocated else { break };
             let mut sequence = next.remove();
@@ -263,8 +263,7 @@ impl Scheduler {
 
     /// Whether a sample of `request` is on its way to compute the prompt.
     fn is_led(&self, request: RequestId) -> bool {
-        let samples = SequenceId { request, sample: 0 }..=SequenceId { request, sample: u32::MAX };
-        self.waiting.range(samples).next().is_some()
+        self.waiting.range(samples_of(request)).next().is_some()
             || self.running.iter().any(|other| other.id().request == request)
     }
 
@@ -303,8 +302,8 @@ pub fn check_prompt(prompt: &[u32], config: &EngineConfig) -> Result<()> {
     Ok(())
 }
 
-fn max_len(max_model_len: usize, num_blocks: usize) -> usize {
-    max_model_len.min(num_blocks * BLOCK_SIZE + 1)
+fn samples_of(request: RequestId) -> RangeInclusive<SequenceId> {
+    SequenceId { request, sample: 0 }..=SequenceId { request, sample: u32::MAX }
 }
 
 /// Plans as many of the sequence's pending tokens as the budget has.

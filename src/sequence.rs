@@ -168,6 +168,12 @@ impl Sequence {
         self.tokens().len() - self.num_computed
     }
 
+    /// Whether its next token starts a new block.
+    pub(crate) fn grows_next(&self) -> bool {
+        let held = self.table.as_ref().map_or(0, |table| table.blocks().len());
+        self.tokens().len() + 1 > held * BLOCK_SIZE
+    }
+
     /// The planned tokens, with the blocks that cover them and all before.
     #[must_use]
     pub fn chunk(&self) -> Option<Chunk<'_>> {

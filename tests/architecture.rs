@@ -27,7 +27,20 @@ const RULES: &[(&str, &[&str])] = &[
         "runner.rs",
         &["error", "config", "spec", "step", "backend", "cache::pool", "decoder", "checkpoint"],
     ),
-    ("py", &["error", "config", "engine", "sampler", "sequence", "runner", "backend", "checkpoint", "py"]),
+    (
+        "py",
+        &[
+            "error",
+            "config",
+            "engine",
+            "sampler",
+            "sequence",
+            "runner",
+            "backend",
+            "checkpoint",
+            "py",
+        ],
+    ),
 ];
 
 /// Policy: integers and numbers only.

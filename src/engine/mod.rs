@@ -154,7 +154,8 @@ impl<F: Forward> Engine<F> {
     /// Ends every live request, and the engine, with `error`.
     pub fn fail(&mut self, error: Error) {
         let now = self.now();
-        for sequence in self.scheduler.live() {
+        // A panic may have come between a sample's last event and its departure.
+        for sequence in self.scheduler.live().filter(|sequence| !sequence.is_finished) {
             let reason = FinishReason::Error(error.clone());
             self.events.push(Event::end(sequence, reason, now));
         }
@@ -213,7 +214,10 @@ impl<F: Forward> Engine<F> {
 
     fn try_step(&mut self) -> Result<()> {
         let now = self.now();
-        self.scheduler.schedule(now);
+        if self.scheduler.schedule(now) == 0 {
+            // Better an error than a loop for ever.
+            return Err(Error::bug("the scheduler found nothing to compute for waiting requests"));
+        }
         let chunks: Vec<_> = self.scheduler.running().iter().filter_map(Sequence::chunk).collect();
         let logits = self.forward.forward(&Step { chunks })?;
         self.scheduler.advance();
@@ -227,11 +231,11 @@ impl<F: Forward> Engine<F> {
         let (now, limit) = (self.now(), self.scheduler.max_len());
         let wanted: usize =
             self.scheduler.running().iter().filter_map(|s| s.planned).map(|p| p.num_rows()).sum();
-        if logits.values.len() != wanted * self.config.vocab_size {
+        let (given, vocab_size) = (logits.values.len(), self.config.vocab_size);
+        if given != wanted * vocab_size || logits.vocab_size != vocab_size {
             return Err(Error::bug(format!(
-                "the model gave {} logits for {wanted} rows of {}",
-                logits.values.len(),
-                self.config.vocab_size
+                "the model gave {given} logits in rows of {}; expected {wanted} rows of {vocab_size}",
+                logits.vocab_size
             )));
         }
         let (mut first, mut poisoned) = (0, false);

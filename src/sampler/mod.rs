@@ -34,6 +34,10 @@ impl Row<'_> {
     fn output(&self) -> &[u32] {
         &self.tokens[self.num_prompt..]
     }
+
+    fn is_short(&self) -> bool {
+        self.output().len() < self.params.min_tokens
+    }
 }
 
 /// What the sampler remembers of one sample between its tokens.
@@ -134,11 +138,10 @@ fn row_max(logits: &[f32]) -> Result<f32> {
 /// Writes the logits after biases, masks and penalties to `changed`; false where there are none.
 fn change(row: &Row<'_>, eos: &[u32], state: &mut SampleState, changed: &mut Vec<f32>) -> bool {
     let params = row.params;
-    let too_short = row.output().len() < params.min_tokens;
     let is_plain = params.logit_bias.is_empty()
         && params.allowed_token_ids.is_none()
         && params.bad_words.is_empty();
-    if is_plain && !too_short && !params.penalises() {
+    if is_plain && !row.is_short() && !params.penalises() {
         return false;
     }
     changed.clear();
@@ -153,26 +156,31 @@ fn change(row: &Row<'_>, eos: &[u32], state: &mut SampleState, changed: &mut Vec
     for &(id, bias) in &params.logit_bias {
         changed[id as usize] += bias;
     }
-    if too_short {
-        for &id in eos.iter().chain(&params.stop_token_ids) {
+    forbid(row, eos, changed);
+    if params.penalises() {
+        state.count(row);
+        penalise(params, &state.counts, changed);
+    }
+    true
+}
+
+/// Masks the ids that `min_tokens` and `bad_words` rule out at this point of the output.
+fn forbid(row: &Row<'_>, eos: &[u32], changed: &mut [f32]) {
+    if row.is_short() {
+        for &id in eos.iter().chain(&row.params.stop_token_ids) {
             // A tokenizer may name ids that the model cannot produce.
             if let Some(logit) = changed.get_mut(id as usize) {
                 *logit = FORBIDDEN;
             }
         }
     }
-    for word in &params.bad_words {
+    for word in &row.params.bad_words {
         if let Some((&last, start)) = word.split_last()
             && row.output().ends_with(start)
         {
             changed[last as usize] = FORBIDDEN;
         }
     }
-    if params.penalises() {
-        state.count(row);
-        penalise(params, &state.counts, changed);
-    }
-    true
 }
 
 fn penalise(params: &SamplingParams, counts: &HashMap<u32, Count>, logits: &mut [f32]) {

@@ -51,7 +51,7 @@ fn same(a: f32, b: f32) -> bool {
 ///
 /// `2^n * e^r` with `|r| <= ln(2) / 2` and a Taylor polynomial whose remainder is below 1e-8. The
 /// standard function is a call per element; this one vectorises.
-#[expect(clippy::inline_always, reason = "vectorises only in its caller's loop")]
+// Inlined by force: it vectorises only inside its caller's loop.
 #[inline(always)]
 pub(super) fn exp(x: f32) -> f32 {
     // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
@@ -74,8 +74,10 @@ pub(super) fn sum_exp(values: &[f32], max: f32) -> f64 {
     let mut sums = [0.0_f64; LANES];
     let (chunks, rest) = values.as_chunks::<LANES>();
     for chunk in chunks {
+        // In two loops, or the sums and the polynomial compete for registers.
+        let weights = chunk.map(|value| exp(value - max));
         for lane in 0..LANES {
-            sums[lane] += f64::from(exp(chunk[lane] - max));
+            sums[lane] += f64::from(weights[lane]);
         }
     }
     sums.iter().sum::<f64>() + rest.iter().map(|&value| f64::from(exp(value - max))).sum::<f64>()
