@@ -110,7 +110,9 @@ fn linear(bench: &mut Bench) {
                 let bytes = encoding.bytes_for(out * cols).expect("whole blocks");
                 let copies = if rows == 512 { 1 } else { (200 << 20) / bytes + 1 };
                 let weights: Vec<Linear> = (0..copies)
-                    .map(|_| bench.backend.pack(&[stored(out, cols, encoding)], None).expect("packs"))
+                    .map(|_| {
+                        bench.backend.pack(&[stored(out, cols, encoding)], None).expect("packs")
+                    })
                     .collect();
                 let x = tensor(&[rows, cols]);
                 let backend = bench.backend.clone();

@@ -281,9 +281,9 @@ impl Backend {
             None => None,
         };
         let RopeOp { pairing, qk_norm, eps, .. } = *op;
-        let rope = cpu::Rope { heads, cos, sin, pairing, qk_norm, norms, eps };
+        let op = cpu::Rope { heads, cos, sin, pairing, qk_norm, norms, eps };
         let cpu = &self.cpu;
-        qkv.inplace_op1(&ops::Rope { cpu, rope, positions: &batch.positions })?;
+        qkv.inplace_op1(&ops::Rope { cpu, op, positions: &batch.positions })?;
         kv.pages.inplace_op2(qkv, &ops::WritePages { cpu, heads, batch })?;
         Ok(())
     }

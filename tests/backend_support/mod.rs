@@ -86,7 +86,11 @@ pub(crate) fn stored(random: &mut Random, shape: &[usize], encoding: Encoding) -
 }
 
 /// Runs of `rows` that start at a position, over random different blocks of `num_blocks`.
-pub(crate) fn batch_of(runs: &[(Range<usize>, u32)], num_blocks: u32, random: &mut Random) -> Batch {
+pub(crate) fn batch_of(
+    runs: &[(Range<usize>, u32)],
+    num_blocks: u32,
+    random: &mut Random,
+) -> Batch {
     let mut free: Vec<_> = (0..num_blocks).collect();
     let mut batch = Batch::default();
     for (rows, start) in runs {

@@ -324,6 +324,7 @@ fn weigh_values<L: Lanes, E: Element, const M: usize, const T: usize>(
             before.mul(L::splat(decay[m]))
         })
     });
+    #[expect(clippy::needless_range_loop, reason = "the token also finds its values")]
     for token in start..end {
         let values =
             tile.pages[token / BLOCK_SIZE].1.wrapping_add(token % BLOCK_SIZE * tile.row + d);

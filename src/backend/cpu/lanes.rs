@@ -36,8 +36,8 @@ pub(crate) trait Lanes: Copy + 'static {
     /// As `load`.
     unsafe fn load_i8(p: *const i8) -> Self;
     /// # Safety
-    /// As `load`.
-    unsafe fn load_bits(p: *const u32) -> Self::Bits;
+    /// `p` is valid for reads of 64 bytes.
+    unsafe fn load_bits(p: *const u8) -> Self::Bits;
     /// # Safety
     /// `p` is valid for writes of 16 values.
     unsafe fn store(self, p: *mut f32);
@@ -170,9 +170,9 @@ impl Lanes for Portable {
         unsafe { Self::widen(p) }
     }
     #[inline(always)]
-    unsafe fn load_bits(p: *const u32) -> Self::Bits {
+    unsafe fn load_bits(p: *const u8) -> Self::Bits {
         // SAFETY: the caller's contract.
-        std::array::from_fn(|i| unsafe { p.add(i).read() })
+        std::array::from_fn(|i| u32::from_le_bytes(unsafe { p.cast::<[u8; 4]>().add(i).read() }))
     }
     #[inline(always)]
     unsafe fn store(self, p: *mut f32) {

@@ -217,7 +217,7 @@ fn multiply(cpu: &Cpu, weight: &Packed, groups: &[Group], x: &[Activations], out
             let end = offset + segment.panels();
             let range = start.max(offset)..(start + chunk).min(end);
             if !range.is_empty() {
-                let panels = range.start - offset..range.end - offset;
+                let range = range.start - offset..range.end - offset;
                 let x = x
                     .iter()
                     .find(|x| x.arithmetic == segment.arithmetic)
@@ -225,7 +225,7 @@ fn multiply(cpu: &Cpu, weight: &Packed, groups: &[Group], x: &[Activations], out
                 run(
                     cpu.tier,
                     segment.arithmetic,
-                    Panels { weight, segment, panels, groups, x, out },
+                    Panels { weight, segment, range, groups, x, out },
                 );
             }
             offset = end;
@@ -237,7 +237,7 @@ fn multiply(cpu: &Cpu, weight: &Packed, groups: &[Group], x: &[Activations], out
 struct Panels<'a> {
     weight: &'a Packed,
     segment: &'a Segment,
-    panels: Range<usize>,
+    range: Range<usize>,
     groups: &'a [Group],
     x: &'a Activations,
     out: Shared<f32>,
@@ -279,7 +279,7 @@ impl Panels<'_> {
         let steps = block_len(segment.encoding) / P::STEP;
         assert_eq!(steps, S::GROUPS * S::STEPS, "the source reads whole blocks");
         assert_eq!(steps * blocks, x.steps, "the activations have the steps of the panel");
-        for panel in self.panels.clone() {
+        for panel in self.range.clone() {
             let col = segment.start + panel * PANEL;
             let cols = (segment.rows - panel * PANEL).min(PANEL);
             let bytes = segment.panel(panel);

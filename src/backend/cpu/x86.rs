@@ -1,6 +1,6 @@
 //! Sixteen lanes on x86-64: one AVX-512 register, or two AVX2 registers; and bf16 pairs.
 #![allow(unsafe_code)] // Intrinsics need CPU features that `Tier` has detected.
-#![expect(clippy::wildcard_imports, reason = "the file is about these intrinsics")]
+#![allow(clippy::wildcard_imports)] // The file is about these intrinsics.
 
 use std::arch::x86_64::*;
 
@@ -53,7 +53,7 @@ impl Lanes for Avx512 {
         Self(intrinsic!(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast())))))
     }
     #[inline(always)]
-    unsafe fn load_bits(p: *const u32) -> __m512i {
+    unsafe fn load_bits(p: *const u8) -> __m512i {
         intrinsic!(_mm512_loadu_si512(p.cast()))
     }
     #[inline(always)]
@@ -175,8 +175,8 @@ impl Lanes for Avx2 {
         ))
     }
     #[inline(always)]
-    unsafe fn load_bits(p: *const u32) -> [__m256i; 2] {
-        intrinsic!([_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(8).cast())])
+    unsafe fn load_bits(p: *const u8) -> [__m256i; 2] {
+        intrinsic!([_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(32).cast())])
     }
     #[inline(always)]
     unsafe fn store(self, p: *mut f32) {
