@@ -9,7 +9,7 @@ use std::marker::PhantomData;
 
 use half::f16;
 
-use super::lanes::{Element, LANES, Lanes};
+use super::lanes::{Element, LANES, Lanes, array_of};
 use super::pack::PANEL;
 #[cfg(target_arch = "x86_64")]
 use super::x86::{Avx512, Pairs};
@@ -327,7 +327,7 @@ unsafe fn multiply_group<P: Product, S: Source<P>, const M: usize, const T: usiz
     macro_rules! steps {
         ($raw:ident: $($step:literal)*) => {$(
             if $step < S::STEPS {
-                let weights: [P::Weights; T] = std::array::from_fn(|t| S::weights($raw[t], $step));
+                let weights = array_of!(t < T => S::weights($raw[t], $step));
                 for (r, part) in part.iter_mut().enumerate() {
                     let x = P::broadcast(x.add($step * M + r));
                     for (part, &weights) in part.iter_mut().zip(&weights) {
@@ -339,7 +339,7 @@ unsafe fn multiply_group<P: Product, S: Source<P>, const M: usize, const T: usiz
     }
     // SAFETY: the caller hands a whole group, and the activations of all its steps.
     unsafe {
-        let raw: [S::Raw; T] = std::array::from_fn(|t| S::raw(group, first + t));
+        let raw = array_of!(t < T => S::raw(group, first + t));
         steps!(raw: 0 1 2 3 4 5 6 7);
     }
     x.wrapping_add(S::STEPS * M)

@@ -1,13 +1,30 @@
 //! [`Lanes`]: sixteen f32 lanes, the unit that every kernel is written in, and its portable version.
 //!
 //! Kernels are generic over `Lanes` and `#[inline(always)]`; [`super::tier::Tier::run`] instantiates
-//! them inside a function that has the CPU features of the tier enabled.
+//! them inside a function that has the CPU features of the tier enabled. What is not inlined there
+//! compiles without these features, to a call per instruction. Closures cannot be forced to be inlined,
+//! so lanes are never computed in one; [`array_of`] stands in for `std::array::from_fn`.
 #![allow(unsafe_code)] // Loads and stores go through raw pointers: kernels index tiles, not slices.
 
 use half::{bf16, f16};
 
 /// Number of lanes, of rows in a weight tile, and of tokens in a page.
 pub(super) const LANES: usize = 16;
+
+/// The array of `$value` for each `$i` below `$n`, which is at least 1.
+macro_rules! array_of {
+    ($i:ident < $n:expr => $value:expr) => {{
+        let mut array = [{
+            let $i = 0;
+            $value
+        }; $n];
+        for $i in 1..$n {
+            array[$i] = $value;
+        }
+        array
+    }};
+}
+pub(super) use array_of;
 
 /// Sixteen f32 values.
 ///
