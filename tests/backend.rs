@@ -1,6 +1,8 @@
 //! Every op against `backend::reference` over grids of shapes and on every instruction tier, and the
 //! promise of batch invariance, bit for bit.
 
+#![allow(clippy::unwrap_used)] // A failure is the test's.
+
 mod backend_support;
 
 use astrai_rs::backend::{AttentionOp, Backend, Batch, Heads, LayerKv, RopeOp, reference};
@@ -387,8 +389,7 @@ fn check_cuts(random: &mut Random, backend: &Backend, heads: Heads, window: Opti
         let chunk = [1, 7, 64, 200, 333][random.below(5)].min(len - start);
         let other = random.below(20) + 1;
         // The other sequence has blocks 80 and 81, and rows in front.
-        let mut batch = Batch::default();
-        batch.blocks = [80, 81].map(BlockId).to_vec();
+        let mut batch = Batch { blocks: [80, 81].map(BlockId).to_vec(), ..Batch::default() };
         batch.blocks.extend(&whole.blocks);
         batch.positions.extend(0..other as u32);
         batch.positions.extend(start as u32..(start + chunk) as u32);

@@ -37,7 +37,7 @@ pub struct Linear {
 }
 
 /// Head counts of the merged projection `[tokens, (heads + 2 * kv_heads) * head_dim + extra]`:
-/// queries, keys, values, then any further columns (AstrAI's gate).
+/// queries, keys, values, then any further columns (`AstrAI`'s gate).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Heads {
     /// Query heads.
@@ -51,7 +51,7 @@ pub struct Heads {
 /// What [`Backend::rope_and_cache`] does to queries and keys.
 #[derive(Debug, Clone)]
 pub struct RopeOp {
-    /// Cosines, `[max_positions, head_dim / 2]` f32, the attention factor of YaRN included.
+    /// Cosines, `[max_positions, head_dim / 2]` f32, the attention factor of `YaRN` included.
     pub cos: Tensor,
     /// Sines, same shape.
     pub sin: Tensor,
@@ -281,9 +281,9 @@ impl Backend {
             None => None,
         };
         let RopeOp { pairing, qk_norm, eps, .. } = *op;
-        let rope = cpu::Rope { heads, cos, sin, pairing, qk_norm, norms, eps };
+        let op = cpu::Rope { heads, cos, sin, pairing, qk_norm, norms, eps };
         let cpu = &self.cpu;
-        qkv.inplace_op1(&ops::Rope { cpu, rope, positions: &batch.positions })?;
+        qkv.inplace_op1(&ops::Rope { cpu, op, positions: &batch.positions })?;
         kv.pages.inplace_op2(qkv, &ops::WritePages { cpu, heads, batch })?;
         Ok(())
     }

@@ -162,7 +162,7 @@ impl InplaceOp2 for SigmoidGate<'_> {
 
 pub(super) struct Rope<'a> {
     pub(super) cpu: &'a Cpu,
-    pub(super) rope: cpu::Rope<'a>,
+    pub(super) op: cpu::Rope<'a>,
     pub(super) positions: &'a [u32],
 }
 
@@ -173,7 +173,7 @@ impl InplaceOp1 for Rope<'_> {
 
     fn cpu_fwd(&self, qkv: &mut CpuStorage, layout: &Layout) -> CandleResult<()> {
         let qkv = floats_mut(qkv, layout)?;
-        cpu::rope(self.cpu, qkv, width(layout), self.rope, self.positions);
+        cpu::rope(self.cpu, qkv, width(layout), self.op, self.positions);
         Ok(())
     }
 }

@@ -7,7 +7,7 @@
 #![allow(unsafe_code)] // Keys and values are read through raw pointers.
 
 use super::attention::TILE;
-use super::lanes::{Element, LANES, Lanes};
+use super::lanes::{Element, LANES, Lanes, array_of};
 use crate::config::BLOCK_SIZE;
 
 const _: () = assert!(BLOCK_SIZE == LANES, "a page's tokens are the lanes of a score");
@@ -73,20 +73,22 @@ impl Scratch {
         padded: usize,
     ) -> [(*const f32, *const f32); PAGES] {
         let (all_keys, all_values) = self.0.split_at_mut(TILE * dim);
-        std::array::from_fn(|i| {
+        let mut widened = [(std::ptr::null(), std::ptr::null()); PAGES];
+        for (i, &(from_keys, from_values)) in pages.iter().enumerate() {
             let keys = &mut all_keys[i * BLOCK_SIZE * dim..][..BLOCK_SIZE * dim];
             let values = &mut all_values[i * BLOCK_SIZE * padded..][..BLOCK_SIZE * padded];
             // SAFETY: a page holds 16 * dim keys and as many values.
             unsafe {
                 for (d, keys) in keys.chunks_exact_mut(LANES).enumerate() {
-                    E::load::<L>(pages[i].0.add(d * LANES)).store(keys.as_mut_ptr());
+                    E::load::<L>(from_keys.add(d * LANES)).store(keys.as_mut_ptr());
                 }
                 for (token, values) in values.chunks_exact_mut(padded).enumerate() {
-                    widen_row::<L, E>(pages[i].1.add(token * dim), &mut values[..dim]);
+                    widen_row::<L, E>(from_values.add(token * dim), &mut values[..dim]);
                 }
             }
-            (keys.as_ptr(), values.as_ptr())
-        })
+            widened[i] = (keys.as_ptr(), values.as_ptr());
+        }
+        widened
     }
 }
 
@@ -156,7 +158,7 @@ impl State {
         let mut scores = [[0.0; SCORES]; M];
         let pages = (start / BLOCK_SIZE, end.div_ceil(BLOCK_SIZE));
         for page in (pages.0..pages.1).step_by(T) {
-            let keys = std::array::from_fn(|t| tile.pages[(page + t).min(pages.1 - 1)].0);
+            let keys = array_of!(t < T => tile.pages[(page + t).min(pages.1 - 1)].0);
             score_pages::<L, E, M, T>(&block.queries, keys, page * BLOCK_SIZE, &mut scores);
         }
         let mut decay = [1.0; M];
@@ -177,12 +179,6 @@ impl State {
     /// Adds the state of the next span.
     #[inline(always)]
     pub(super) fn merge<L: Lanes>(&mut self, next: &Self) {
-        let exp = |x: f32| {
-            let mut lanes = [0.0; LANES];
-            // SAFETY: 16 values.
-            unsafe { L::splat(x).exp().store(lanes.as_mut_ptr()) };
-            lanes[0]
-        };
         for slot in 0..self.greatest.len() {
             let (a, b) = (self.greatest[slot], next.greatest[slot]);
             if b == f32::NEG_INFINITY {
@@ -190,18 +186,16 @@ impl State {
             }
             let greatest = if a > b { a } else { b };
             self.greatest[slot] = greatest;
-            let first = a == f32::NEG_INFINITY;
-            let (keep, take) = (exp(a - greatest), exp(b - greatest));
-            let blend = |to: &mut [f32], from: &[f32]| {
-                if first {
-                    return to.copy_from_slice(from);
-                }
-                to.iter_mut().zip(from).for_each(|(to, from)| *to = *to * keep + *from * take);
-            };
+            let (keep, take) = (L::splat(a - greatest).exp(), L::splat(b - greatest).exp());
             let (sums, outputs) =
                 (slot * LANES..(slot + 1) * LANES, slot * self.padded..(slot + 1) * self.padded);
-            blend(&mut self.sums[sums.clone()], &next.sums[sums]);
-            blend(&mut self.outputs[outputs.clone()], &next.outputs[outputs]);
+            if a == f32::NEG_INFINITY {
+                self.sums[sums.clone()].copy_from_slice(&next.sums[sums]);
+                self.outputs[outputs.clone()].copy_from_slice(&next.outputs[outputs]);
+            } else {
+                blend(&mut self.sums[sums.clone()], &next.sums[sums], keep, take);
+                blend(&mut self.outputs[outputs.clone()], &next.outputs[outputs], keep, take);
+            }
         }
     }
 
@@ -211,6 +205,18 @@ impl State {
         let scale = 1.0 / total;
         for (out, x) in out.iter_mut().zip(&self.outputs[slot * self.padded..]) {
             *out = x * scale;
+        }
+    }
+}
+
+/// `to = to * keep + from * take`, for whole vectors.
+#[inline(always)]
+fn blend<L: Lanes>(to: &mut [f32], from: &[f32], keep: L, take: L) {
+    for (to, from) in to.chunks_exact_mut(LANES).zip(from.chunks_exact(LANES)) {
+        // SAFETY: chunks are 16 values.
+        unsafe {
+            let (a, b) = (L::load(to.as_ptr()), L::load(from.as_ptr()));
+            a.mul(keep).add(b.mul(take)).store(to.as_mut_ptr());
         }
     }
 }
@@ -226,12 +232,9 @@ fn score_pages<L: Lanes, E: Element, const M: usize, const T: usize>(
     let mut sums = [[L::splat(0.0); T]; M];
     for (d, queries) in queries.chunks_exact(M).enumerate() {
         // SAFETY: a page holds 16 keys for each of the dimensions that a query has.
-        let keys: [L; T] = std::array::from_fn(|t| unsafe { E::load(keys[t].add(d * LANES)) });
-        for m in 0..M {
-            let query = L::splat(queries[m]);
-            for t in 0..T {
-                sums[m][t] = keys[t].fma(query, sums[m][t]);
-            }
+        let keys: [L; T] = unsafe { array_of!(t < T => E::load(keys[t].add(d * LANES))) };
+        for (sums, &query) in sums.iter_mut().zip(queries) {
+            add_products(sums, keys, L::splat(query));
         }
     }
     for (sums, scores) in sums.iter().zip(scores) {
@@ -316,31 +319,43 @@ fn weigh_values<L: Lanes, E: Element, const M: usize, const T: usize>(
     outputs: &mut [f32],
 ) {
     let padded = outputs.len() / M;
-    let at = |m: usize, t: usize| m * padded + d + t * LANES;
-    let mut sums: [[L; T]; M] = std::array::from_fn(|m| {
-        std::array::from_fn(|t| {
-            // SAFETY: the slice is 16 values.
-            let before = unsafe { L::load(outputs[at(m, t)..][..LANES].as_ptr()) };
-            before.mul(L::splat(decay[m]))
-        })
-    });
-    for token in start..end {
-        let values =
-            tile.pages[token / BLOCK_SIZE].1.wrapping_add(token % BLOCK_SIZE * tile.row + d);
-        // SAFETY: rows are `tile.row` long, which is whole pairs of vectors.
-        let values: [L; T] = std::array::from_fn(|t| unsafe { E::load(values.add(t * LANES)) });
-        for m in 0..M {
-            let weight = L::splat(weights[m][token]);
-            for t in 0..T {
-                sums[m][t] = values[t].fma(weight, sums[m][t]);
+    let mut sums = [[L::splat(0.0); T]; M];
+    for (m, sums) in sums.iter_mut().enumerate() {
+        let before = &outputs[m * padded + d..][..T * LANES];
+        for (t, sum) in sums.iter_mut().enumerate() {
+            // SAFETY: `before` is `T` times 16 values.
+            *sum = unsafe { L::load(before.as_ptr().add(t * LANES)) }.mul(L::splat(decay[m]));
+        }
+    }
+    for page in start / BLOCK_SIZE..end.div_ceil(BLOCK_SIZE) {
+        let first = page * BLOCK_SIZE;
+        let tokens = start.max(first)..end.min(first + BLOCK_SIZE);
+        let mut values = tile.pages[page].1.wrapping_add((tokens.start - first) * tile.row + d);
+        for token in tokens {
+            // SAFETY: a page has 16 rows of values, which are `tile.row` long, whole pairs of
+            // vectors; a row of weights has one for each token of the tile.
+            unsafe {
+                let lanes: [L; T] = array_of!(t < T => E::load(values.add(t * LANES)));
+                for (sums, weights) in sums.iter_mut().zip(weights) {
+                    add_products(sums, lanes, L::splat(*weights.get_unchecked(token)));
+                }
             }
+            values = values.wrapping_add(tile.row);
         }
     }
     for (m, sums) in sums.iter().enumerate() {
+        let after = &mut outputs[m * padded + d..][..T * LANES];
         for (t, sum) in sums.iter().enumerate() {
-            // SAFETY: as above.
-            unsafe { sum.store(outputs[at(m, t)..][..LANES].as_mut_ptr()) }
+            // SAFETY: `after` is `T` times 16 values.
+            unsafe { sum.store(after.as_mut_ptr().add(t * LANES)) }
         }
+    }
+}
+
+#[inline(always)]
+fn add_products<L: Lanes, const T: usize>(sums: &mut [L; T], lanes: [L; T], factor: L) {
+    for (sum, lanes) in sums.iter_mut().zip(lanes) {
+        *sum = lanes.fma(factor, *sum);
     }
 }
 

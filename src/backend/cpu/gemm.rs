@@ -9,7 +9,7 @@ use std::marker::PhantomData;
 
 use half::f16;
 
-use super::lanes::{Element, LANES, Lanes};
+use super::lanes::{Element, LANES, Lanes, array_of};
 use super::pack::PANEL;
 #[cfg(target_arch = "x86_64")]
 use super::x86::{Avx512, Pairs};
@@ -93,7 +93,7 @@ pub(super) trait Source<P: Product> {
     unsafe fn weights(raw: Self::Raw, step: usize) -> P::Weights;
 }
 
-/// Numbers that widen to f32; `SCALES` 1 for Q8_0.
+/// Numbers that widen to f32; `SCALES` 1 for `Q8_0`.
 pub(super) struct Plain<E, const SCALES: usize, const GROUPS: usize>(PhantomData<E>);
 
 impl<L: Lanes, E: Element, const SCALES: usize, const GROUPS: usize> Source<Exact<L>>
@@ -116,7 +116,7 @@ impl<L: Lanes, E: Element, const SCALES: usize, const GROUPS: usize> Source<Exac
     }
 }
 
-/// 4-bit numbers: Q4_0 with `OFFSET` 8, Q4_1 with 0.
+/// 4-bit numbers: `Q4_0` with `OFFSET` 8, `Q4_1` with 0.
 pub(super) struct Nibbles<const OFFSET: usize>;
 
 impl<L: Lanes, const OFFSET: usize> Source<Exact<L>> for Nibbles<OFFSET> {
@@ -129,7 +129,7 @@ impl<L: Lanes, const OFFSET: usize> Source<Exact<L>> for Nibbles<OFFSET> {
     #[inline(always)]
     unsafe fn raw(group: *const u8, tile: usize) -> L::Bits {
         // SAFETY: the caller's contract; a tile has 64 bytes.
-        unsafe { L::load_bits(group.cast::<u32>().add(tile * LANES)) }
+        unsafe { L::load_bits(group.add(tile * 64)) }
     }
     #[inline(always)]
     unsafe fn weights(raw: L::Bits, step: usize) -> L {
@@ -273,7 +273,7 @@ impl PanelTask {
                     total = part;
                 } else {
                     let sums = self.sums.wrapping_add(block * M);
-                    scale_block::<P, S, M, T>(scales.cast(), first, sums, (&part, &mut total));
+                    scale_block::<P, S, M, T>(scales.cast(), first, sums, &part, &mut total);
                 }
             }
         }
@@ -323,25 +323,25 @@ unsafe fn multiply_group<P: Product, S: Source<P>, const M: usize, const T: usiz
     x: *const u32,
     part: &mut [[P::L; T]; M],
 ) -> *const u32 {
-    // SAFETY: the caller hands a whole group and the activations of its steps.
-    let raw: [S::Raw; T] = std::array::from_fn(|t| unsafe { S::raw(group, first + t) });
-    macro_rules! step {
-        ($($step:literal)*) => {$(
+    // Written out, so that each step's shift is a constant.
+    macro_rules! steps {
+        ($raw:ident: $($step:literal)*) => {$(
             if $step < S::STEPS {
-                // SAFETY: as above.
-                let weights: [P::Weights; T] =
-                    std::array::from_fn(|t| unsafe { S::weights(raw[t], $step) });
-                for r in 0..M {
-                    // SAFETY: as above.
-                    let x = unsafe { P::broadcast(x.add($step * M + r)) };
-                    for t in 0..T {
-                        part[r][t] = P::multiply(weights[t], x, part[r][t]);
+                let weights = array_of!(t < T => S::weights($raw[t], $step));
+                for (r, part) in part.iter_mut().enumerate() {
+                    let x = P::broadcast(x.add($step * M + r));
+                    for (part, &weights) in part.iter_mut().zip(&weights) {
+                        *part = P::multiply(weights, x, *part);
                     }
                 }
             }
         )*};
     }
-    step!(0 1 2 3 4 5 6 7);
+    // SAFETY: the caller hands a whole group, and the activations of all its steps.
+    unsafe {
+        let raw = array_of!(t < T => S::raw(group, first + t));
+        steps!(raw: 0 1 2 3 4 5 6 7);
+    }
     x.wrapping_add(S::STEPS * M)
 }
 
@@ -351,19 +351,20 @@ unsafe fn scale_block<P: Product, S: Source<P>, const M: usize, const T: usize>(
     scales: *const f16,
     first: usize,
     sums: *const f32,
-    (part, total): (&[[P::L; T]; M], &mut [[P::L; T]; M]),
+    part: &[[P::L; T]; M],
+    total: &mut [[P::L; T]; M],
 ) {
-    for t in 0..T {
-        // SAFETY: the caller hands `SCALES` times 32 numbers and, for minima, `M` sums.
-        unsafe {
+    // SAFETY: the caller hands `SCALES` times 32 numbers and, for minima, `M` sums.
+    unsafe {
+        for t in 0..T {
             let scale = P::L::load_f16(scales.add((first + t) * LANES));
-            for r in 0..M {
-                total[r][t] = scale.fma(part[r][t], total[r][t]);
+            for (total, part) in total.iter_mut().zip(part) {
+                total[t] = scale.fma(part[t], total[t]);
             }
             if S::SCALES == 2 {
                 let minimum = P::L::load_f16(scales.add(PANEL + (first + t) * LANES));
-                for r in 0..M {
-                    total[r][t] = minimum.fma(P::L::splat(*sums.add(r)), total[r][t]);
+                for (r, total) in total.iter_mut().enumerate() {
+                    total[t] = minimum.fma(P::L::splat(*sums.add(r)), total[t]);
                 }
             }
         }

@@ -1,13 +1,30 @@
 //! [`Lanes`]: sixteen f32 lanes, the unit that every kernel is written in, and its portable version.
 //!
 //! Kernels are generic over `Lanes` and `#[inline(always)]`; [`super::tier::Tier::run`] instantiates
-//! them inside a function that has the CPU features of the tier enabled.
+//! them inside a function that has the CPU features of the tier enabled. What is not inlined there
+//! compiles without these features, to a call per instruction. Closures cannot be forced to be inlined,
+//! so lanes are never computed in one; [`array_of`] stands in for `std::array::from_fn`.
 #![allow(unsafe_code)] // Loads and stores go through raw pointers: kernels index tiles, not slices.
 
 use half::{bf16, f16};
 
 /// Number of lanes, of rows in a weight tile, and of tokens in a page.
 pub(super) const LANES: usize = 16;
+
+/// The array of `$value` for each `$i` below `$n`, which is at least 1.
+macro_rules! array_of {
+    ($i:ident < $n:expr => $value:expr) => {{
+        let mut array = [{
+            let $i = 0;
+            $value
+        }; $n];
+        for $i in 1..$n {
+            array[$i] = $value;
+        }
+        array
+    }};
+}
+pub(super) use array_of;
 
 /// Sixteen f32 values.
 ///
@@ -36,8 +53,8 @@ pub(crate) trait Lanes: Copy + 'static {
     /// As `load`.
     unsafe fn load_i8(p: *const i8) -> Self;
     /// # Safety
-    /// As `load`.
-    unsafe fn load_bits(p: *const u32) -> Self::Bits;
+    /// `p` is valid for reads of 64 bytes.
+    unsafe fn load_bits(p: *const u8) -> Self::Bits;
     /// # Safety
     /// `p` is valid for writes of 16 values.
     unsafe fn store(self, p: *mut f32);
@@ -170,9 +187,9 @@ impl Lanes for Portable {
         unsafe { Self::widen(p) }
     }
     #[inline(always)]
-    unsafe fn load_bits(p: *const u32) -> Self::Bits {
+    unsafe fn load_bits(p: *const u8) -> Self::Bits {
         // SAFETY: the caller's contract.
-        std::array::from_fn(|i| unsafe { p.add(i).read() })
+        std::array::from_fn(|i| u32::from_le_bytes(unsafe { p.cast::<[u8; 4]>().add(i).read() }))
     }
     #[inline(always)]
     unsafe fn store(self, p: *mut f32) {

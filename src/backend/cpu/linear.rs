@@ -1,6 +1,7 @@
 //! Projections: rounds and rearranges the activations, then shares the panels among the threads.
 #![allow(unsafe_code)] // Threads write disjoint parts of one output; see `gemm` for the pointers.
 
+use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::PoisonError;
 
@@ -148,21 +149,61 @@ struct PackGroup<'a> {
     sums: &'a mut [f32],
 }
 
-impl PackGroup<'_> {
-    /// Calls `convert` for each row and 32 columns; it gets the columns (zeros behind the end), and
-    /// returns their words, of which the first `32 / step` count, and their sum.
+/// Turns 32 columns of a row into words, of which the first `32 / STEP` count, and their sum.
+trait Convert {
+    const STEP: usize;
+    /// Must be inlined into [`ProductKernel`]'s methods.
+    fn convert(columns: &[f32; 32]) -> ([u32; 32], f32);
+}
+
+/// The bits of each column.
+struct Copy<L>(PhantomData<L>);
+
+impl<L: Lanes> Convert for Copy<L> {
+    const STEP: usize = 1;
+
     #[inline(always)]
-    fn each(self, step: usize, convert: impl Fn(&[f32; 32]) -> ([u32; 32], f32)) {
+    fn convert(columns: &[f32; 32]) -> ([u32; 32], f32) {
+        // SAFETY: two times 16 values.
+        let sum = unsafe { L::load(columns.as_ptr()).add(L::load(columns[16..].as_ptr())) };
+        (columns.map(f32::to_bits), sum.sum())
+    }
+}
+
+/// Pairs of columns rounded to bf16.
+#[cfg(target_arch = "x86_64")]
+struct Round;
+
+#[cfg(target_arch = "x86_64")]
+impl Convert for Round {
+    const STEP: usize = 2;
+
+    #[inline(always)]
+    fn convert(columns: &[f32; 32]) -> ([u32; 32], f32) {
+        let mut words = [0; 32];
+        // SAFETY: 32 values are rounded to 16 words, and read back as two times 16 bf16.
+        let sum = unsafe {
+            Pairs::round(columns.as_ptr(), words.as_mut_ptr());
+            let rounded = words.as_ptr().cast::<bf16>();
+            Avx512::load_bf16(rounded).add(Avx512::load_bf16(rounded.add(16)))
+        };
+        (words, sum.sum())
+    }
+}
+
+impl PackGroup<'_> {
+    #[inline(always)]
+    fn each<C: Convert>(self) {
         let steps = self.words.len() / self.m;
         for slot in 0..self.m {
             let row = self.x.get(slot * self.cols..(slot + 1) * self.cols).unwrap_or(&[]);
-            for (block, first) in (0..steps).step_by(32 / step).enumerate() {
+            for (block, first) in (0..steps).step_by(32 / C::STEP).enumerate() {
                 let mut columns = [0.0; 32];
                 let rest = row.get(block * 32..).unwrap_or(&[]);
                 let count = rest.len().min(32);
                 columns[..count].copy_from_slice(&rest[..count]);
-                let (words, sum) = convert(&columns);
-                for (i, &word) in words[..(32 / step).min(steps - first)].iter().enumerate() {
+                let (words, sum) = C::convert(&columns);
+                for (i, &word) in words[..(32 / C::STEP).min(steps - first)].iter().enumerate() {
                     self.words[(first + i) * self.m + slot] = word;
                 }
                 if !self.sums.is_empty() {
@@ -176,26 +217,13 @@ impl PackGroup<'_> {
 impl ProductKernel for PackGroup<'_> {
     #[inline(always)]
     fn exact<L: Lanes>(self) {
-        self.each(1, |columns| {
-            // SAFETY: two times 16 values.
-            let sum = unsafe { L::load(columns.as_ptr()).add(L::load(columns[16..].as_ptr())) };
-            (columns.map(f32::to_bits), sum.sum())
-        });
+        self.each::<Copy<L>>();
     }
 
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     fn pairs(self) {
-        self.each(2, |columns| {
-            let mut words = [0; 32];
-            // SAFETY: 32 values are rounded to 16 words, and read back as two times 16 bf16.
-            let sum = unsafe {
-                Pairs::round(columns.as_ptr(), words.as_mut_ptr());
-                let rounded = words.as_ptr().cast::<bf16>();
-                Avx512::load_bf16(rounded).add(Avx512::load_bf16(rounded.add(16)))
-            };
-            (words, sum.sum())
-        });
+        self.each::<Round>();
     }
 }
 
@@ -217,7 +245,7 @@ fn multiply(cpu: &Cpu, weight: &Packed, groups: &[Group], x: &[Activations], out
             let end = offset + segment.panels();
             let range = start.max(offset)..(start + chunk).min(end);
             if !range.is_empty() {
-                let panels = range.start - offset..range.end - offset;
+                let range = range.start - offset..range.end - offset;
                 let x = x
                     .iter()
                     .find(|x| x.arithmetic == segment.arithmetic)
@@ -225,7 +253,7 @@ fn multiply(cpu: &Cpu, weight: &Packed, groups: &[Group], x: &[Activations], out
                 run(
                     cpu.tier,
                     segment.arithmetic,
-                    Panels { weight, segment, panels, groups, x, out },
+                    Panels { weight, segment, range, groups, x, out },
                 );
             }
             offset = end;
@@ -237,7 +265,7 @@ fn multiply(cpu: &Cpu, weight: &Packed, groups: &[Group], x: &[Activations], out
 struct Panels<'a> {
     weight: &'a Packed,
     segment: &'a Segment,
-    panels: Range<usize>,
+    range: Range<usize>,
     groups: &'a [Group],
     x: &'a Activations,
     out: Shared<f32>,
@@ -279,7 +307,7 @@ impl Panels<'_> {
         let steps = block_len(segment.encoding) / P::STEP;
         assert_eq!(steps, S::GROUPS * S::STEPS, "the source reads whole blocks");
         assert_eq!(steps * blocks, x.steps, "the activations have the steps of the panel");
-        for panel in self.panels.clone() {
+        for panel in self.range.clone() {
             let col = segment.start + panel * PANEL;
             let cols = (segment.rows - panel * PANEL).min(PANEL);
             let bytes = segment.panel(panel);

@@ -95,7 +95,7 @@ impl Pool {
         // SAFETY: only the lifetime changes. `finish` below returns once no worker is inside and
         // none can join, so no worker follows the pointer after `task`'s lifetime.
         let task: *const Task<'static> =
-            unsafe { std::mem::transmute(std::ptr::from_ref::<Task<'_>>(task)) };
+            unsafe { std::mem::transmute::<&Task<'_>, &'static Task<'static>>(task) };
         self.start(Job { chunks, task });
         let own = self.shared.drain(Job { chunks, task });
         self.finish();

@@ -1,6 +1,6 @@
 //! Sixteen lanes on x86-64: one AVX-512 register, or two AVX2 registers; and bf16 pairs.
 #![allow(unsafe_code)] // Intrinsics need CPU features that `Tier` has detected.
-#![expect(clippy::wildcard_imports, reason = "the file is about these intrinsics")]
+#![allow(clippy::wildcard_imports)] // The file is about these intrinsics.
 
 use std::arch::x86_64::*;
 
@@ -53,7 +53,7 @@ impl Lanes for Avx512 {
         Self(intrinsic!(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast())))))
     }
     #[inline(always)]
-    unsafe fn load_bits(p: *const u32) -> __m512i {
+    unsafe fn load_bits(p: *const u8) -> __m512i {
         intrinsic!(_mm512_loadu_si512(p.cast()))
     }
     #[inline(always)]
@@ -121,19 +121,45 @@ pub(super) struct Avx2(__m256, __m256);
 
 impl Avx2 {
     #[inline(always)]
-    fn zip(self, other: Self, f: impl Fn(__m256, __m256) -> __m256) -> Self {
-        Self(f(self.0, other.0), f(self.1, other.1))
-    }
-
-    /// Folds to four lanes, then calls `last` on their halves and on the last two.
-    #[inline(always)]
-    fn fold(x: __m256, f: impl Fn(__m128, __m128) -> __m128) -> f32 {
+    unsafe fn widen_bf16(p: *const bf16) -> __m256 {
         intrinsic!({
-            let x = f(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
-            let x = f(x, _mm_movehl_ps(x, x));
-            _mm_cvtss_f32(f(x, _mm_shuffle_ps::<1>(x, x)))
+            let words = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(words))
         })
     }
+
+    #[inline(always)]
+    fn nibble_half(bits: __m256i, shift: u32, offset: f32) -> __m256 {
+        intrinsic!({
+            let shifted = _mm256_srl_epi32(bits, _mm_cvtsi32_si128(shift as i32));
+            let low = _mm256_and_si256(shifted, _mm256_set1_epi32(15));
+            _mm256_sub_ps(_mm256_cvtepi32_ps(low), _mm256_set1_ps(offset))
+        })
+    }
+
+    #[inline(always)]
+    fn scale_half(x: __m256, n: __m256) -> __m256 {
+        intrinsic!({
+            let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+            _mm256_mul_ps(x, _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent)))
+        })
+    }
+
+    #[inline(always)]
+    fn select_half(bits: u16, a: __m256, b: __m256) -> __m256 {
+        intrinsic!({
+            let bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+            let chosen = _mm256_and_si256(_mm256_set1_epi32(i32::from(bits)), bit);
+            _mm256_blendv_ps(b, a, _mm256_castsi256_ps(_mm256_cmpeq_epi32(chosen, bit)))
+        })
+    }
+}
+
+/// An intrinsic on both halves.
+macro_rules! halves {
+    ($intrinsic:ident($a:expr, $b:expr)) => {
+        Avx2(intrinsic!($intrinsic($a.0, $b.0)), intrinsic!($intrinsic($a.1, $b.1)))
+    };
 }
 
 impl Lanes for Avx2 {
@@ -152,13 +178,7 @@ impl Lanes for Avx2 {
     }
     #[inline(always)]
     unsafe fn load_bf16(p: *const bf16) -> Self {
-        intrinsic!({
-            let widen = |p: *const bf16| {
-                let words = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
-                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(words))
-            };
-            Self(widen(p), widen(p.add(8)))
-        })
+        intrinsic!(Self(Self::widen_bf16(p), Self::widen_bf16(p.add(8))))
     }
     #[inline(always)]
     unsafe fn load_f16(p: *const f16) -> Self {
@@ -175,8 +195,8 @@ impl Lanes for Avx2 {
         ))
     }
     #[inline(always)]
-    unsafe fn load_bits(p: *const u32) -> [__m256i; 2] {
-        intrinsic!([_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(8).cast())])
+    unsafe fn load_bits(p: *const u8) -> [__m256i; 2] {
+        intrinsic!([_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(32).cast())])
     }
     #[inline(always)]
     unsafe fn store(self, p: *mut f32) {
@@ -187,30 +207,24 @@ impl Lanes for Avx2 {
     }
     #[inline(always)]
     fn nibble(bits: [__m256i; 2], shift: u32, offset: f32) -> Self {
-        let number = |half| {
-            intrinsic!({
-                let shifted = _mm256_srl_epi32(half, _mm_cvtsi32_si128(shift as i32));
-                let low = _mm256_and_si256(shifted, _mm256_set1_epi32(15));
-                _mm256_sub_ps(_mm256_cvtepi32_ps(low), _mm256_set1_ps(offset))
-            })
-        };
-        Self(number(bits[0]), number(bits[1]))
+        let [a, b] = bits;
+        Self(Self::nibble_half(a, shift, offset), Self::nibble_half(b, shift, offset))
     }
     #[inline(always)]
     fn add(self, other: Self) -> Self {
-        self.zip(other, |a, b| intrinsic!(_mm256_add_ps(a, b)))
+        halves!(_mm256_add_ps(self, other))
     }
     #[inline(always)]
     fn sub(self, other: Self) -> Self {
-        self.zip(other, |a, b| intrinsic!(_mm256_sub_ps(a, b)))
+        halves!(_mm256_sub_ps(self, other))
     }
     #[inline(always)]
     fn mul(self, other: Self) -> Self {
-        self.zip(other, |a, b| intrinsic!(_mm256_mul_ps(a, b)))
+        halves!(_mm256_mul_ps(self, other))
     }
     #[inline(always)]
     fn div(self, other: Self) -> Self {
-        self.zip(other, |a, b| intrinsic!(_mm256_div_ps(a, b)))
+        halves!(_mm256_div_ps(self, other))
     }
     #[inline(always)]
     fn fma(self, factor: Self, summand: Self) -> Self {
@@ -221,42 +235,40 @@ impl Lanes for Avx2 {
     }
     #[inline(always)]
     fn max(self, other: Self) -> Self {
-        self.zip(other, |a, b| intrinsic!(_mm256_max_ps(a, b)))
+        halves!(_mm256_max_ps(self, other))
     }
     #[inline(always)]
     fn min(self, other: Self) -> Self {
-        self.zip(other, |a, b| intrinsic!(_mm256_min_ps(a, b)))
+        halves!(_mm256_min_ps(self, other))
     }
     #[inline(always)]
     fn scale_by_power(self, n: Self) -> Self {
-        self.zip(n, |x, n| {
-            intrinsic!({
-                let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-                _mm256_mul_ps(x, _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent)))
-            })
-        })
+        Self(Self::scale_half(self.0, n.0), Self::scale_half(self.1, n.1))
     }
     #[inline(always)]
     fn select(self, mask: u16, other: Self) -> Self {
-        let half = |bits: i32, a, b| {
-            intrinsic!({
-                let bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-                let chosen = _mm256_and_si256(_mm256_set1_epi32(bits), bit);
-                _mm256_blendv_ps(b, a, _mm256_castsi256_ps(_mm256_cmpeq_epi32(chosen, bit)))
-            })
-        };
         Self(
-            half(i32::from(mask & 255), self.0, other.0),
-            half(i32::from(mask >> 8), self.1, other.1),
+            Self::select_half(mask & 255, self.0, other.0),
+            Self::select_half(mask >> 8, self.1, other.1),
         )
     }
     #[inline(always)]
     fn sum(self) -> f32 {
-        Self::fold(intrinsic!(_mm256_add_ps(self.0, self.1)), |a, b| intrinsic!(_mm_add_ps(a, b)))
+        intrinsic!({
+            let x = _mm256_add_ps(self.0, self.1);
+            let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+            let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+            _mm_cvtss_f32(_mm_add_ps(x, _mm_shuffle_ps::<1>(x, x)))
+        })
     }
     #[inline(always)]
     fn greatest(self) -> f32 {
-        Self::fold(intrinsic!(_mm256_max_ps(self.0, self.1)), |a, b| intrinsic!(_mm_max_ps(a, b)))
+        intrinsic!({
+            let x = _mm256_max_ps(self.0, self.1);
+            let x = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+            let x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+            _mm_cvtss_f32(_mm_max_ps(x, _mm_shuffle_ps::<1>(x, x)))
+        })
     }
 }
 
