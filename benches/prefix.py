@@ -12,7 +12,7 @@ import statistics
 import time
 
 from astrai_rs import Engine, SamplingParams
-from astrai_rs.model import resolve
+from astrai_rs.model import embedded_model
 
 PREFIX, SUFFIX, REQUESTS, COLD_RUNS = 1000, 8, 64, 5
 
@@ -27,7 +27,7 @@ def main() -> None:
         return [rng.randrange(100, 40_000) for _ in range(length)]
 
     params = SamplingParams(max_tokens=1, temperature=0)
-    with Engine(str(resolve(model))) as engine:
+    with Engine(model or str(embedded_model())) as engine:
 
         def first_token(prompt: list[int]) -> float:
             start = time.perf_counter()
