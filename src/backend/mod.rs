@@ -244,11 +244,8 @@ impl Backend {
         check::shape("weight", weight, &[weight.elem_count()])?;
         check::rows("residual", residual, Some(weight.elem_count()))?;
         check::shape("x", x, residual.dims())?;
-        let (storage, layout) = weight.storage_and_layout();
-        let out = RefCell::default();
-        let weight = floats(&storage, layout)?;
-        let op = ops::AddRmsNorm { cpu: &self.cpu, weight, eps, out };
-        residual.inplace_op2(x, &op)?;
+        let op = ops::AddRmsNorm { cpu: &self.cpu, eps, out: RefCell::default() };
+        residual.inplace_op3(x, weight, &op)?;
         Ok(Tensor::from_vec(op.out.into_inner(), residual.shape(), &self.device)?)
     }
 

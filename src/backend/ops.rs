@@ -3,7 +3,9 @@
 
 use std::cell::RefCell;
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, InplaceOp1, InplaceOp2, Layout, Shape};
+use candle_core::{
+    CpuStorage, CustomOp1, CustomOp2, InplaceOp1, InplaceOp2, InplaceOp3, Layout, Shape,
+};
 use half::{bf16, f16};
 
 use super::cpu::{self, Attention, Cpu, Packed};
@@ -78,12 +80,11 @@ impl CustomOp2 for RmsNorm<'_> {
 /// Adds in place; the norm of the sum is left in `out`.
 pub(super) struct AddRmsNorm<'a> {
     pub(super) cpu: &'a Cpu,
-    pub(super) weight: &'a [f32],
     pub(super) eps: f32,
     pub(super) out: RefCell<Vec<f32>>,
 }
 
-impl InplaceOp2 for AddRmsNorm<'_> {
+impl InplaceOp3 for AddRmsNorm<'_> {
     fn name(&self) -> &'static str {
         "add_rms_norm"
     }
@@ -94,9 +95,12 @@ impl InplaceOp2 for AddRmsNorm<'_> {
         layout: &Layout,
         x: &CpuStorage,
         x_layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
     ) -> CandleResult<()> {
         let (residual, x) = (floats_mut(residual, layout)?, floats(x, x_layout)?);
-        *self.out.borrow_mut() = cpu::add_rms_norm(self.cpu, residual, x, self.weight, self.eps);
+        let weight = floats(weight, weight_layout)?;
+        *self.out.borrow_mut() = cpu::add_rms_norm(self.cpu, residual, x, weight, self.eps);
         Ok(())
     }
 }

@@ -1,10 +1,11 @@
-//! The inner kernel of a projection: up to 12 rows of `x` times one panel of weights.
+//! The inner kernel of a projection: up to 8 rows of `x` times one panel of weights.
 //!
 //! One code path serves one row and many. Each output adds its products in the order of `k`: within
 //! a block into a partial sum, which a quantised block then scales onto the total. So a row's result
 //! does not depend on the rows that are computed with it.
 #![allow(unsafe_code)] // Weights and activations are read through raw pointers.
 
+use std::hint::black_box;
 use std::marker::PhantomData;
 
 use half::f16;
@@ -235,12 +236,10 @@ impl PanelTask {
                 (true, 1) => self.tiles::<P, S, 1, 2>(0),
                 (true, 2) => self.tiles::<P, S, 2, 2>(0),
                 (true, 4) => self.tiles::<P, S, 4, 2>(0),
-                (true, 8) => self.tiles::<P, S, 8, 2>(0),
-                (true, _) => self.tiles::<P, S, 12, 2>(0),
+                (true, _) => self.tiles::<P, S, 8, 2>(0),
                 (false, 1) => self.both::<P, S, 1>(),
                 (false, 2) => self.both::<P, S, 2>(),
-                (false, 4) => self.both::<P, S, 4>(),
-                (false, _) => self.both::<P, S, 6>(),
+                (false, _) => self.both::<P, S, 4>(),
             }
         }
     }
@@ -316,6 +315,9 @@ impl PanelTask {
 }
 
 /// Adds the products of one group to `part`; returns the activations behind it.
+///
+/// # Safety
+/// `group` points to a whole group, `x` to the activations of all its steps.
 #[inline(always)]
 unsafe fn multiply_group<P: Product, S: Source<P>, const M: usize, const T: usize>(
     group: *const u8,
@@ -323,26 +325,49 @@ unsafe fn multiply_group<P: Product, S: Source<P>, const M: usize, const T: usiz
     x: *const u32,
     part: &mut [[P::L; T]; M],
 ) -> *const u32 {
-    // Written out, so that each step's shift is a constant.
-    macro_rules! steps {
-        ($raw:ident: $($step:literal)*) => {$(
-            if $step < S::STEPS {
-                let weights = array_of!(t < T => S::weights($raw[t], $step));
-                for (r, part) in part.iter_mut().enumerate() {
-                    let x = P::broadcast(x.add($step * M + r));
-                    for (part, &weights) in part.iter_mut().zip(&weights) {
-                        *part = P::multiply(weights, x, *part);
-                    }
-                }
-            }
-        )*};
-    }
     // SAFETY: the caller hands a whole group, and the activations of all its steps.
     unsafe {
         let raw = array_of!(t < T => S::raw(group, first + t));
-        steps!(raw: 0 1 2 3 4 5 6 7);
+        if P::L::WIDE {
+            // Written out, so that each step's shift is a constant.
+            macro_rules! steps {
+                ($($step:literal)*) => {$(
+                    if $step < S::STEPS {
+                        multiply_step::<P, S, M, T>(raw, $step, x, part);
+                    }
+                )*};
+            }
+            steps!(0 1 2 3 4 5 6 7);
+        } else {
+            // A loop that the compiler cannot unroll: it would load for later steps in advance, and
+            // with 16 registers that pushes sums out to memory, at a third of the speed.
+            for step in 0..black_box(S::STEPS) {
+                multiply_step::<P, S, M, T>(raw, step, x, part);
+            }
+        }
     }
     x.wrapping_add(S::STEPS * M)
+}
+
+/// # Safety
+/// As for [`multiply_group`]; `step` is below `STEPS`.
+#[inline(always)]
+unsafe fn multiply_step<P: Product, S: Source<P>, const M: usize, const T: usize>(
+    raw: [S::Raw; T],
+    step: usize,
+    x: *const u32,
+    part: &mut [[P::L; T]; M],
+) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        let weights = array_of!(t < T => S::weights(raw[t], step));
+        for (r, part) in part.iter_mut().enumerate() {
+            let x = P::broadcast(x.add(step * M + r));
+            for (part, &weights) in part.iter_mut().zip(&weights) {
+                *part = P::multiply(weights, x, *part);
+            }
+        }
+    }
 }
 
 /// `total += scale * part (+ minimum * sum of x)`.

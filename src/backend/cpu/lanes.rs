@@ -35,8 +35,8 @@ pub(crate) trait Lanes: Copy + 'static {
     /// Sixteen 32-bit words.
     type Bits: Copy;
 
-    /// Whether the register file carries two vectors side by side for up to 12 rows (or else one
-    /// for up to 6).
+    /// Whether the register file carries two vectors side by side for up to 8 rows (or else one
+    /// for up to 4: six spill).
     const WIDE: bool;
 
     fn splat(x: f32) -> Self;

@@ -49,7 +49,7 @@ struct Group {
 
 /// Cuts `rows` into full groups and a last one of the smallest size that fits.
 fn groups(rows: usize, wide: bool) -> Vec<Group> {
-    let sizes: &[usize] = if wide { &[1, 2, 4, 8, 12] } else { &[1, 2, 4, 6] };
+    let sizes: &[usize] = if wide { &[1, 2, 4, 8] } else { &[1, 2, 4] };
     let full = sizes[sizes.len() - 1];
     (0..rows)
         .step_by(full)
@@ -231,7 +231,7 @@ impl ProductKernel for PackGroup<'_> {
 fn multiply(cpu: &Cpu, weight: &Packed, groups: &[Group], x: &[Activations], out: Shared<f32>) {
     let row_bytes = weight.cols.max(1)
         * if x.iter().any(|x| x.arithmetic == Arithmetic::Exact) { 4 } else { 2 };
-    let block = (ROW_BLOCK_BYTES / (row_bytes * 12)).max(1);
+    let block = (ROW_BLOCK_BYTES / (row_bytes * 8)).max(1);
     let row_blocks: Vec<_> = groups.chunks(block).collect();
     let panels: usize = weight.segments.iter().map(Segment::panels).sum();
     let tasks = (cpu.pool.threads() * 8).div_ceil(row_blocks.len().max(1));
