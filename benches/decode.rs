@@ -1,6 +1,6 @@
 //! Whole-model bench: prefill and decode of a model of SmolLM2-135M's shape, through the runner.
 //!
-//! `cargo bench --bench decode` measures random Q4_1 weights; `-- FILE` measures a checkpoint.
+//! `cargo bench --bench decode` measures random `Q4_1` weights; `-- FILE` measures a checkpoint.
 //! Prints tokens per second (median of 5) and ends with one JSON line.
 
 #![allow(clippy::print_stdout, reason = "a bench reports to the terminal")]
@@ -63,7 +63,7 @@ fn random_tensor(name: &str, shape: &[usize], encoding: Encoding) -> StoredTenso
     }
     match encoding {
         Encoding::F32 => {
-            data.chunks_exact_mut(4).for_each(|x| x.copy_from_slice(&1f32.to_le_bytes()))
+            data.chunks_exact_mut(4).for_each(|x| x.copy_from_slice(&1f32.to_le_bytes()));
         }
         _ => data.chunks_exact_mut(encoding.block_bytes()).for_each(|block| block[1] = 0x10),
     }

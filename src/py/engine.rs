@@ -23,6 +23,7 @@ type Entry = (u32, f32, u32);
 #[derive(Debug)]
 pub(super) struct Engine {
     handle: EngineHandle,
+    device: &'static str,
     dtype: &'static str,
     num_threads: usize,
 }
@@ -38,7 +39,7 @@ impl Engine {
             let backend = options.backend()?;
             let num_threads = backend.num_threads();
             let handle = EngineHandle::start(move || options.load(&path, backend))?;
-            Result::Ok(Self { handle, dtype, num_threads })
+            Result::Ok(Self { handle, device: "cpu", dtype, num_threads })
         })?)
     }
 
@@ -53,7 +54,7 @@ impl Engine {
         let options = sampling_options(params)?;
         Ok(py.detach(|| {
             let vocab_size = self.handle.config().vocab_size;
-            let prompt = token_ids(&prompt_token_ids, vocab_size)?;
+            let prompt = token_ids(prompt_token_ids, vocab_size)?;
             let params = SamplingParams::new(&options, vocab_size)?;
             self.handle.submit(Request { prompt, params })
         })?)
@@ -120,7 +121,7 @@ impl Engine {
 
     #[getter]
     fn device(&self) -> &'static str {
-        "cpu"
+        self.device
     }
 
     #[getter]
@@ -134,15 +135,15 @@ impl Engine {
     }
 }
 
-fn token_ids(given: &[i64], vocab_size: usize) -> Result<Vec<u32>> {
-    let id = |&id: &i64| match u32::try_from(id) {
+fn token_ids(given: Vec<i64>, vocab_size: usize) -> Result<Vec<u32>> {
+    let id = |id: i64| match u32::try_from(id) {
         Ok(id) if (id as usize) < vocab_size => Ok(id),
         _ => Err(Error::invalid(format!(
             "prompt token ids must be between 0 and {}; given: {id}",
             vocab_size - 1
         ))),
     };
-    given.iter().map(id).collect()
+    given.into_iter().map(id).collect()
 }
 
 /// What one step produced for one sample of one request.

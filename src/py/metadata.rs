@@ -17,7 +17,7 @@ pub(super) fn gguf_metadata(
     py: Python<'_>,
     path: PathBuf,
 ) -> PyResult<BTreeMap<String, Py<PyAny>>> {
-    let metadata = py.detach(|| gguf::metadata(&path))?;
+    let metadata = py.detach(move || gguf::metadata(&path))?;
     metadata.into_iter().map(|(key, value)| Ok((key, to_python(py, value)?))).collect()
 }
 
