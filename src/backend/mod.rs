@@ -1,6 +1,6 @@
 //! The fused ops, as safe functions over candle tensors.
 //!
-//! Every op has a naive version in [`reference`], which is its specification. Tensors are packed:
+//! Every op has a naive version in [`mod@reference`], which is its specification. Tensors are packed:
 //! `[tokens, …]`, contiguous, activations f32 on the CPU. The arithmetic of a row never depends on
 //! the other rows of the batch: each output element has one fixed order of reduction.
 
