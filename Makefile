@@ -33,8 +33,7 @@ test-python: develop ## Python tests against the release extension
 
 lint: develop ## Formatters, linters and type checkers; warnings are errors
 	cargo fmt --check
-	cargo clippy --all-targets -- -D warnings
-	cargo clippy --features python -- -D warnings
+	cargo clippy --all-targets --features python -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --quiet
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
