@@ -5,7 +5,7 @@ use crate::cache::pool::KvPool;
 use crate::checkpoint::Checkpoint;
 use crate::config::BLOCK_SIZE;
 use crate::decoder::Decoder;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::spec::ModelSpec;
 use crate::step::{Forward, LogitRows, Logits, Step};
 
@@ -33,10 +33,16 @@ pub struct CapacityRequest {
 }
 
 impl CapacityRequest {
-    /// Settles both sizes for a model whose cached token takes `bytes_per_token`.
+    /// Settles both sizes for a model whose cached token takes `bytes_per_token`, on a device with
+    /// `memory` bytes.
     ///
     /// Without `max_model_len` sequences may be as long as the model allows and the cache holds.
-    pub fn resolve(&self, spec: &ModelSpec, bytes_per_token: usize) -> Result<Capacity> {
+    pub fn resolve(
+        &self,
+        spec: &ModelSpec,
+        bytes_per_token: usize,
+        memory: usize,
+    ) -> Result<Capacity> {
         for (name, value) in
             [("max_model_len", self.max_model_len), ("kv_cache_tokens", self.kv_cache_tokens)]
         {
@@ -56,6 +62,15 @@ impl CapacityRequest {
                 .min(self.max_num_seqs.saturating_mul(wanted))
                 .max(self.max_model_len.unwrap_or(BLOCK_SIZE))
         });
+        if tokens > memory / bytes_per_token.max(1) {
+            return Err(Error::new(
+                ErrorKind::OutOfMemory,
+                format!(
+                    "a KV cache of {tokens} tokens needs {bytes_per_token} bytes for each, more than \
+                     the {memory} bytes of memory; lower kv_cache_tokens or max_model_len"
+                ),
+            ));
+        }
         let num_blocks = tokens.div_ceil(BLOCK_SIZE);
         let max_model_len = self.max_model_len.unwrap_or(wanted.min(num_blocks * BLOCK_SIZE));
         Ok(Capacity { max_model_len, num_blocks })
@@ -85,7 +100,8 @@ impl Runner {
             head_dim: spec.attention.head_dim,
         };
         let bytes_per_token = spec.num_layers * backend.kv_bytes_per_token(heads);
-        let capacity = request.resolve(&spec, bytes_per_token)?;
+        let memory = backend.memory_bytes().unwrap_or(isize::MAX as usize);
+        let capacity = request.resolve(&spec, bytes_per_token, memory)?;
         let decoder = Decoder::load(&spec, weights, &backend, capacity.max_model_len)?;
         let kv = KvPool::new(&backend, spec.num_layers, capacity.num_blocks, heads)?;
         Ok((Self { backend, decoder, kv, vocab_size: spec.vocab_size }, capacity))
@@ -116,5 +132,64 @@ impl Forward for Runner {
         let values =
             logits.map_or(Ok(Vec::new()), |logits| logits.flatten_all()?.to_vec1::<f32>())?;
         Ok(Logits { values, vocab_size: self.vocab_size })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec::{Activation, AttentionSpec, MlpSpec, RopePairing, RopeScaling, RopeSpec};
+
+    const MEMORY: usize = 16 << 30;
+
+    fn resolve(request: CapacityRequest, bytes_per_token: usize) -> Result<(usize, usize)> {
+        let rope = RopeSpec {
+            theta: 10_000.0,
+            pairing: RopePairing::HalfSplit,
+            scaling: RopeScaling::None,
+        };
+        let spec = ModelSpec {
+            vocab_size: 8,
+            hidden_size: 8,
+            num_layers: 1,
+            max_positions: 4096,
+            norm_eps: 1e-5,
+            rope,
+            attention: AttentionSpec::plain(2, 1, 4, 1),
+            mlp: MlpSpec { intermediate_size: 8, activation: Activation::Silu, bias: false },
+            tie_embeddings: true,
+        };
+        let capacity = request.resolve(&spec, bytes_per_token, MEMORY)?;
+        Ok((capacity.max_model_len, capacity.num_blocks))
+    }
+
+    fn request(max_model_len: Option<usize>, kv_cache_tokens: Option<usize>) -> CapacityRequest {
+        CapacityRequest { max_model_len, kv_cache_tokens, max_num_seqs: 2 }
+    }
+
+    #[test]
+    fn sizes_follow_the_model_the_cache_and_the_caller() {
+        let check = |given, bytes, expect| assert_eq!(resolve(given, bytes).expect("fits"), expect);
+        check(request(None, None), 1024, (4096, 512)); // two sequences of full length
+        check(request(None, None), 1 << 20, (2048, 128)); // what 2 GiB hold
+        check(request(Some(4000), None), 1 << 20, (4000, 250)); // at least one of the length asked for
+        check(request(None, Some(100)), 1024, (112, 7)); // whole blocks
+        check(request(Some(64), Some(1000)), 1024, (64, 63));
+    }
+
+    #[test]
+    fn sizes_that_cannot_be_are_refused() {
+        let check = |given, expect: &str| {
+            let error = resolve(given, 1 << 20).expect_err(expect).to_string();
+            assert!(error.starts_with(expect), "{error}");
+        };
+        check(request(Some(0), None), "max_model_len must be at least 1; given: 0");
+        check(request(None, Some(0)), "kv_cache_tokens must be at least 1; given: 0");
+        check(request(Some(4097), None), "max_model_len must be at most 4096 (the positions");
+        for tokens in [20_000, usize::MAX] {
+            let expect =
+                format!("a KV cache of {tokens} tokens needs 1048576 bytes for each, more");
+            check(request(None, Some(tokens)), &expect);
+        }
     }
 }

@@ -31,6 +31,9 @@ pub struct ModelSpec {
 /// More layers than any decoder has; a larger count is a corrupt file.
 pub const MAX_LAYERS: usize = 10_000;
 
+/// Wider heads than any decoder has; checked before tables are made for them.
+const MAX_HEAD_DIM: usize = 4096;
+
 impl ModelSpec {
     /// Checks what the parts must satisfy together; the forward pass relies on it.
     pub fn validate(&self) -> Result<()> {
@@ -54,6 +57,9 @@ impl ModelSpec {
         )?;
         ensure(head_dim > 0 && head_dim.is_multiple_of(2), &|| {
             format!("heads of width {head_dim} cannot be rotated; the width must be even")
+        })?;
+        ensure(head_dim <= MAX_HEAD_DIM, &|| {
+            format!("heads of width {head_dim}; at most {MAX_HEAD_DIM} are possible")
         })?;
         ensure(self.norm_eps.is_finite() && self.norm_eps > 0.0, &|| {
             format!("norm epsilon {} must be a positive number", self.norm_eps)

@@ -199,6 +199,12 @@ impl Backend {
         Ok(LayerKv { pages: pages? })
     }
 
+    /// Bytes of memory that the device has, where it tells.
+    #[must_use]
+    pub fn memory_bytes(&self) -> Option<usize> {
+        cpu::physical_memory()
+    }
+
     /// Bytes that one cached token of one layer takes.
     #[must_use]
     pub fn kv_bytes_per_token(&self, heads: Heads) -> usize {

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::types::{PyBool, PyDict, PyInt};
 
 use crate::backend::Backend;
 use crate::checkpoint;
@@ -47,13 +47,13 @@ impl EngineOptions {
         match name {
             "device" => check_device(&read::<String>(name, value)?)?,
             "dtype" => self.dtype = DType::parse(&read::<String>(name, value)?)?,
-            "max_model_len" => self.capacity.max_model_len = read(name, value)?,
-            "max_num_seqs" => self.capacity.max_num_seqs = read(name, value)?,
-            "max_num_batched_tokens" => self.max_num_batched_tokens = read(name, value)?,
-            "kv_cache_tokens" => self.capacity.kv_cache_tokens = read(name, value)?,
+            "max_model_len" => self.capacity.max_model_len = optional(name, value, count)?,
+            "max_num_seqs" => self.capacity.max_num_seqs = count(name, value)?,
+            "max_num_batched_tokens" => self.max_num_batched_tokens = count(name, value)?,
+            "kv_cache_tokens" => self.capacity.kv_cache_tokens = optional(name, value, count)?,
             "enable_prefix_caching" => self.enable_prefix_caching = read(name, value)?,
-            "num_threads" => self.num_threads = read(name, value)?,
-            "seed" => self.seed = read(name, value)?,
+            "num_threads" => self.num_threads = optional(name, value, count)?,
+            "seed" => self.seed = optional(name, value, seed)?.flatten(),
             "eos_token_ids" => self.eos_token_ids = read(name, value)?,
             _ => return Err(PyTypeError::new_err(format!("Engine has no argument {name:?}"))),
         }
@@ -113,37 +113,89 @@ pub(super) fn sampling_options(fields: Option<&Bound<'_, PyDict>>) -> PyResult<S
 
 fn set(o: &mut SamplingOptions, name: &str, value: &Bound<'_, PyAny>) -> PyResult<()> {
     match name {
-        "n" => o.n = read(name, value)?,
+        "n" => o.n = integer(name, value)?,
         "presence_penalty" => o.presence_penalty = read(name, value)?,
         "frequency_penalty" => o.frequency_penalty = read(name, value)?,
         "repetition_penalty" => o.repetition_penalty = read(name, value)?,
         "temperature" => o.temperature = read(name, value)?,
         "top_p" => o.top_p = read(name, value)?,
-        "top_k" => o.top_k = read(name, value)?,
+        "top_k" => o.top_k = integer(name, value)?,
         "min_p" => o.min_p = read(name, value)?,
-        "seed" => o.seed = read(name, value)?,
+        "seed" => o.seed = optional(name, value, seed)?.flatten(),
         "stop_token_ids" => o.stop_token_ids = read(name, value)?,
         "ignore_eos" => o.ignore_eos = read(name, value)?,
-        "max_tokens" => o.max_tokens = read(name, value)?,
-        "min_tokens" => o.min_tokens = read(name, value)?,
-        "logprobs" => o.logprobs = read(name, value)?,
-        "prompt_logprobs" => o.prompt_logprobs = read(name, value)?,
+        "max_tokens" => o.max_tokens = integer(name, value)?,
+        "min_tokens" => o.min_tokens = integer(name, value)?,
+        "logprobs" => o.logprobs = optional(name, value, integer)?,
+        "prompt_logprobs" => o.prompt_logprobs = optional(name, value, integer)?,
         "logit_bias" => {
             let biases: Option<BTreeMap<i64, f64>> = read(name, value)?;
             o.logit_bias = biases.into_iter().flatten().collect();
         }
         "allowed_token_ids" => o.allowed_token_ids = read(name, value)?,
         "bad_words" => o.bad_words = read(name, value)?,
-        "frequency_window" => o.frequency_window = read(name, value)?,
+        "frequency_window" => o.frequency_window = integer(name, value)?,
         _ => return Err(PyTypeError::new_err(format!("submit has no argument {name:?}"))),
     }
     Ok(())
+}
+
+/// `None` for Python's None, else what `convert` makes of it.
+fn optional<T>(
+    name: &str,
+    value: &Bound<'_, PyAny>,
+    convert: impl FnOnce(&str, &Bound<'_, PyAny>) -> PyResult<T>,
+) -> PyResult<Option<T>> {
+    if value.is_none() { Ok(None) } else { convert(name, value).map(Some) }
+}
+
+/// An integer; what does not fit becomes the nearest that does, which the core then judges.
+fn integer(name: &str, value: &Bound<'_, PyAny>) -> PyResult<i64> {
+    if !value.is_instance_of::<PyInt>() || value.is_instance_of::<PyBool>() {
+        return Err(PyTypeError::new_err(format!(
+            "{name} must be an integer; given: {}",
+            value.repr()?
+        )));
+    }
+    Ok(match value.extract() {
+        Ok(value) => value,
+        Err(_) if value.lt(0)? => i64::MIN,
+        Err(_) => i64::MAX,
+    })
+}
+
+/// A positive number of things.
+fn count(name: &str, value: &Bound<'_, PyAny>) -> PyResult<usize> {
+    match usize::try_from(integer(name, value)?) {
+        Ok(count) if count > 0 => Ok(count),
+        _ => Err(PyValueError::new_err(format!("{name} must be at least 1; given: {value}"))),
+    }
+}
+
+/// 64 bits; -1 asks for a random one, as in vLLM.
+fn seed(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Option<u64>> {
+    if integer(name, value)? == -1 {
+        return Ok(None);
+    }
+    value.extract().map(Some).map_err(|_: PyErr| {
+        PyValueError::new_err(format!(
+            "{name} must be between 0 and {}, or -1 for a random one; given: {value}",
+            u64::MAX
+        ))
+    })
 }
 
 fn read<'py, T>(name: &str, value: &Bound<'py, PyAny>) -> PyResult<T>
 where
     T: for<'a> FromPyObject<'a, 'py>,
 {
-    let named = |error: PyErr| PyValueError::new_err(format!("{name}: {error}"));
+    let named = |error: PyErr| {
+        let message = format!("{name}: {}; given: {value:?}", error.value(value.py()));
+        if error.is_instance_of::<PyTypeError>(value.py()) {
+            PyTypeError::new_err(message)
+        } else {
+            PyValueError::new_err(message)
+        }
+    };
     value.extract::<T>().map_err(Into::into).map_err(named)
 }

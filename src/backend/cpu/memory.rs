@@ -4,6 +4,19 @@
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ptr::NonNull;
 
+/// Bytes of memory that the machine has, where the system tells.
+pub(crate) fn physical_memory() -> Option<usize> {
+    #[cfg(unix)]
+    {
+        // SAFETY: `sysconf` only returns a number.
+        let (pages, size) =
+            unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
+        usize::try_from(pages).ok()?.checked_mul(usize::try_from(size).ok()?)
+    }
+    #[cfg(not(unix))]
+    None
+}
+
 /// Bytes that start on a cache line, all zero at first.
 pub(super) struct Buffer {
     start: NonNull<u8>,

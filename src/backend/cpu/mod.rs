@@ -19,6 +19,7 @@ use std::sync::Mutex;
 
 pub(crate) use attention::{Attention, attention};
 pub(crate) use linear::linear;
+pub(crate) use memory::physical_memory;
 pub(crate) use pack::{Packed, pack};
 pub(crate) use rope::{Rope, rope, write_pages};
 pub(crate) use rows::{add_rms_norm, gated_silu, rms_norm, sigmoid_gate};
