@@ -25,6 +25,10 @@ _CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "
 """Marks where the final message ends in the rendered text. The space shows whether the template trims."""
 
 
+class ChatTemplateError(ValueError):
+    """A chat template that refused the conversation or is broken; the cause is the template's own error."""
+
+
 class ChatTemplate:
     """A model's chat template, or its named templates.
 
@@ -76,7 +80,7 @@ class ChatTemplate:
             ValueError: no template fits, no messages, contradicting flags, or the final message is not
                 continuable.
             TypeError: a message, tool or document is not a dict.
-            jinja2.TemplateError: the template itself refuses (`raise_exception`) or is broken.
+            ChatTemplateError: the template itself refuses (`raise_exception`) or is broken.
         """
         if continue_final_message and add_generation_prompt:
             raise ValueError("continue_final_message and add_generation_prompt exclude each other")
@@ -94,7 +98,10 @@ class ChatTemplate:
             "documents": plain(documents),
             "add_generation_prompt": add_generation_prompt,
         }
-        text = _compile(source, self._trim).render(variables)
+        try:
+            text = _compile(source, self._trim).render(variables)
+        except Exception as error:  # whatever a foreign template does
+            raise ChatTemplateError(f"the chat template failed: {error}") from error
         return _cut_final(text, final) if field else text
 
     def _choose(self, tools: object) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 if TYPE_CHECKING:
     from astrai_rs.engine import Engine
-    from astrai_rs.request import SamplingParams
+    from astrai_rs.request import GenerationChunk, SamplingParams
 
 try:
     import typer
@@ -68,7 +69,7 @@ def run(
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", help="JSONL of answers; default stdout.")] = None,
     max_tokens: MaxTokens = 256,
-    temperature: Temperature = 0.7,
+    temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     top_k: TopK = 0,
     seed: Seed = None,
@@ -82,18 +83,24 @@ def run(
 
     if input is not None and prompt is not None:
         fail("give a prompt or --input, not both", USAGE)
+    if input is not None and (as_json or system is not None):
+        fail("--json and --system are for one prompt; lines of --input carry their own messages", USAGE)
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
     )
     if input is not None:
         lines = read_jsonl(input, params)
-        with open_engine(model, device, dtype, threads, max_model_len) as engine:
-            run_batch(engine, lines, output, raw=raw)
+        # Opened first: a wrong path must not cost the answers.
+        sink = output.open("w", encoding="utf-8") if output is not None else nullcontext(sys.stdout)
+        with sink as file, open_engine(model, device, dtype, threads, max_model_len) as engine:
+            run_batch(engine, lines, file, raw=raw)
         return
     if prompt is None:
-        if sys.stdin.isatty():
+        if sys.stdin is None or sys.stdin.isatty():
             fail("no prompt: give one as argument or on stdin", USAGE)
         prompt = sys.stdin.read()
+        if not prompt.strip():
+            fail("the prompt on stdin is empty", USAGE)
     with open_engine(model, device, dtype, threads, max_model_len) as engine:
         messages = [{"role": "system", "content": system}] if system else []
         ids = prompt_ids(engine, [*messages, {"role": "user", "content": prompt}], raw=raw, text=prompt)
@@ -161,8 +168,8 @@ def open_engine(
     from astrai_rs.engine import Engine
     from astrai_rs.model import embedded_model
 
-    path = model or embedded_model()
-    if path is None:
+    path = embedded_model() if model is None else model
+    if not path:
         fail("no --model given, and no embedded one: pip install 'astrai_rs[demo]'", USAGE)
     return Engine(path, device=device, dtype=dtype, num_threads=threads, max_model_len=max_model_len)
 
@@ -237,9 +244,9 @@ def read_jsonl(path: Path, params: SamplingParams) -> list[tuple[dict[str, Any],
 
     if not path.is_file():
         fail(f"{path}: no such file", USAGE)
-    known = {field.name for field in fields(params)}
+    known = {field.name for field in fields(params)} - {"logprobs", "prompt_logprobs"}
     out = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, text in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if not text.strip():
             continue
         where = f"{path}:{number}"
@@ -249,6 +256,10 @@ def read_jsonl(path: Path, params: SamplingParams) -> list[tuple[dict[str, Any],
             fail(f"{where}: not valid JSON: {error}", USAGE)
         if not isinstance(line, dict) or ("prompt" in line) == ("messages" in line):
             fail(f'{where}: each line must be an object with either "prompt" or "messages"', USAGE)
+        if "prompt" in line and not isinstance(line["prompt"], str):
+            fail(f'{where}: "prompt" must be a string; given: {line["prompt"]!r}', USAGE)
+        if "messages" in line and not (isinstance(line["messages"], list) and line["messages"]):
+            fail(f'{where}: "messages" must be a list of messages; given: {line["messages"]!r}', USAGE)
         if unknown := sorted(set(line) - known - {"prompt", "messages", "id"}):
             fail(f"{where}: unknown fields: {', '.join(unknown)}", USAGE)
         try:
@@ -259,36 +270,40 @@ def read_jsonl(path: Path, params: SamplingParams) -> list[tuple[dict[str, Any],
 
 
 def run_batch(
-    engine: Engine, lines: list[tuple[dict[str, Any], SamplingParams]], output: Path | None, *, raw: bool
+    engine: Engine, lines: list[tuple[dict[str, Any], SamplingParams]], file: TextIO, *, raw: bool
 ) -> None:
-    """Answer every line, in order, with a progress bar on stderr."""
+    """Answer every line together; write each row when it and those before it are done. Progress on stderr."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import track
 
     prompts = []
     for line, _ in lines:
         text = line.get("prompt")
         messages = line.get("messages") or [{"role": "user", "content": text}]
         prompts.append(prompt_ids(engine, messages, raw=raw, text=text))
-    columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    start = time.perf_counter()
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=len(prompts))
-        params = [one for _, one in lines]
-        outs = engine.generate(prompts, params, progress=lambda done, _: bar.update(task, completed=done))
+    start, tokens = time.perf_counter(), 0
+    streams = [engine.stream(prompt, params) for prompt, (_, params) in zip(prompts, lines, strict=True)]
+    pairs = list(zip(lines, streams, strict=True))
+    for (line, params), stream in track(pairs, "generating", console=Console(stderr=True)):
+        samples = collect(stream, params.n)
+        tokens += sum(sample["num_tokens"] for sample in samples)
+        row = {**line, **samples[0], **({"outputs": samples} if params.n > 1 else {})}
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.flush()
     seconds = time.perf_counter() - start
-    rows = [
-        {**line, "text": out.text, "finish_reason": out.finish_reason, "num_tokens": len(out.token_ids)}
-        for (line, _), out in zip(lines, outs, strict=True)
-    ]
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    if output is None:
-        sys.stdout.write(text)
-    else:
-        output.write_text(text, encoding="utf-8")
-    tokens = sum(len(out.token_ids) for out in outs)
     rate = f" · {tokens / seconds:.1f} tokens/s" if seconds else ""
-    sys.stderr.write(f"[{len(rows)} prompts · {tokens} tokens{rate}]\n")
+    sys.stderr.write(f"[{len(lines)} prompts · {tokens} tokens{rate}]\n")
+
+
+def collect(stream: Iterable[GenerationChunk], n: int) -> list[dict[str, Any]]:
+    """All `n` samples of a stream, whole."""
+    samples: list[dict[str, Any]] = [{"text": "", "finish_reason": None, "num_tokens": 0} for _ in range(n)]
+    for piece in stream:
+        sample = samples[piece.index]
+        sample["text"] += piece.text
+        sample["num_tokens"] += len(piece.token_ids)
+        sample["finish_reason"] = piece.finish_reason
+    return samples
 
 
 class Conversation:
@@ -361,3 +376,7 @@ def _lines() -> Iterator[str]:
             yield session.prompt("> ")
         except (KeyboardInterrupt, EOFError):
             return
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -33,6 +34,7 @@ class Dispatcher:
 
     def __init__(self, core: Core) -> None:
         self._core = core
+        self._pid = os.getpid()
         self._lock = threading.RLock()
         """Held over submit and registration, so that no event comes before its route. Reentrant, because the
         garbage collector may drop a stream, which aborts its request, at any allocation under the lock."""
@@ -41,6 +43,14 @@ class Dispatcher:
         self._loops: WeakKeyDictionary[asyncio.AbstractEventLoop, LoopSink] = WeakKeyDictionary()
         self._thread = threading.Thread(target=self._run, name="astrai-rs-events", daemon=True)
         self._thread.start()
+
+    def check_process(self) -> None:
+        """RuntimeError in a forked child: it has this object but not the engine's threads."""
+        if os.getpid() != self._pid:
+            raise RuntimeError(
+                "this Engine was made before a fork, and its threads are not in this process; "
+                "make an Engine in the child, or use multiprocessing's 'spawn'"
+            )
 
     def submit(self, sink: Sink, prompt_token_ids: list[int], arguments: dict[str, Any]) -> int:
         """Submit to the core; the request's events go to `sink`."""
@@ -73,7 +83,9 @@ class Dispatcher:
             return self._loops.setdefault(loop, LoopSink(loop))
 
     def close(self) -> None:
-        """Close the core and end every request with EngineClosed. Idempotent."""
+        """Close the core and end every request with EngineClosed. Idempotent; nothing in a forked child."""
+        if os.getpid() != self._pid:
+            return
         self._core.close()
         if threading.current_thread() is not self._thread:
             self._thread.join()

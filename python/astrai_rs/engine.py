@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 import time
 import weakref
@@ -89,9 +88,8 @@ class Engine:
             eos_token_ids=_stop_ids(self.tokenizer),
         )
         self._dispatcher = Dispatcher(self._core)
-        self._pid = os.getpid()
         # Runs when the engine is dropped and at interpreter exit, whichever comes first.
-        self._finalizer = weakref.finalize(self, _close_in, self._pid, self._dispatcher)
+        self._finalizer = weakref.finalize(self, self._dispatcher.close)
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a str is also a sequence of str
@@ -158,7 +156,7 @@ class Engine:
         Returns:
             A `GenerationOutput`, or a list of them. Errors as `generate`; ValueError without a chat template.
         """
-        self._check_process()
+        self._dispatcher.check_process()
         if self._codec is None:
             raise ValueError("chat needs a tokenizer with a chat template, and this model has none")
         options: dict[str, Any] = {
@@ -190,17 +188,17 @@ class Engine:
         """Counters and gauges: num_requests_running, num_requests_waiting, kv_blocks_used, kv_blocks_total,
         kv_blocks_cached, prefix_cache_queries, prefix_cache_hits, preemptions, prompt_tokens_total,
         generation_tokens_total, uptime_s, steps."""
-        self._check_process()
+        self._dispatcher.check_process()
         return self._core.stats()
 
     def clear_prefix_cache(self) -> None:
         """Forget every cached beginning of a prompt."""
-        self._check_process()
+        self._dispatcher.check_process()
         self._core.clear_prefix_cache()
 
     def close(self) -> None:
         """Stop the engine and free the model. Live requests end with EngineClosed. Idempotent."""
-        self._check_process()
+        self._dispatcher.check_process()
         self._finalizer()
 
     def __enter__(self) -> Self:
@@ -250,10 +248,13 @@ class Engine:
     def _finish(self, prepared: Sequence[Prepared], progress: Progress = False) -> list[GenerationOutput]:
         """Submit the requests together and wait for all of them."""
         report, done = _reporter(progress), 0
+        running = [request.params.n for request, _ in prepared]
+        """Samples of each request that are not complete."""
         group = RequestGroup(self._dispatcher, prepared)
         try:
             for index, chunk in group:
-                if chunk.finish_reason is not None and prepared[index][0].finished:
+                running[index] -= chunk.finish_reason is not None
+                if chunk.finish_reason is not None and not running[index]:
                     done += 1
                     report(done, len(prepared))
             group.settle(_LAST_EVENT_SECONDS)
@@ -271,7 +272,7 @@ class Engine:
 
     def _request(self, prompt: Prompt, params: SamplingParams, **extra: Any) -> Prepared:
         """A request and the arguments of its submit; `extra` are more of these, for AstrAI's surface."""
-        self._check_process()
+        self._dispatcher.check_process()
         ids = self._prompt_ids(prompt)
         if params.stop and self._codec is None:
             raise ValueError("stop strings need a tokenizer, and this model has none; use stop_token_ids")
@@ -302,18 +303,6 @@ class Engine:
             if len(spaced) == len(bare) and spaced[0] != bare[0]:
                 found.append(spaced)
         return found
-
-    def _check_process(self) -> None:
-        if os.getpid() != self._pid:
-            raise RuntimeError(
-                "this Engine was made before a fork, and its threads are not in this process; "
-                "make an Engine in the child, or use multiprocessing's 'spawn'"
-            )
-
-
-def _close_in(pid: int, dispatcher: Dispatcher) -> None:
-    if os.getpid() == pid:  # a forked child has the object but not the threads
-        dispatcher.close()
 
 
 def _load_tokenizer(path: Path, tokenizer: Any) -> Any:

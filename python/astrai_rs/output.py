@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 from astrai_rs._core import CheckpointError, EngineClosed
@@ -52,7 +53,12 @@ class Request:
         self._codec = codec
         self._stop_sample = stop_sample
         self._prompt_logprobs: list[TokenLogprobs | None] | None = None
-        self._samples = [_Sample(i, prompt_token_ids, params, codec) for i in range(params.n)]
+
+    @cached_property
+    def _samples(self) -> list[_Sample]:
+        """Made once the core has accepted the request, so that its checks of n and the ids come first."""
+        ids, params = self.prompt_token_ids, self.params
+        return [_Sample(index, ids, params, self._codec) for index in range(params.n)]
 
     @property
     def finished(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import threading
 from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
@@ -27,6 +28,7 @@ class RequestGroup:
 
     def __init__(self, dispatcher: Dispatcher, prepared: Sequence[Prepared]) -> None:
         self._dispatcher = dispatcher
+        self._reading = threading.Lock()
         self._queue: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
         self._ready: deque[tuple[int, GenerationChunk]] = deque()
         self._live: dict[int, tuple[int, Request]] = {}
@@ -44,15 +46,22 @@ class RequestGroup:
         return self
 
     def __next__(self) -> tuple[int, GenerationChunk]:
+        self._dispatcher.check_process()
+        if not self._reading.acquire(blocking=False):
+            raise ValueError("this stream is being read by another thread")
         try:
             while not self._ready and self._running:
                 self._receive(self._queue.get())
+            if not self._ready:
+                raise StopIteration
+            return self._ready.popleft()
+        except StopIteration:
+            raise
         except BaseException:
             self.close()
             raise
-        if not self._ready:
-            raise StopIteration
-        return self._ready.popleft()
+        finally:
+            self._reading.release()
 
     def settle(self, seconds: float) -> None:
         """Wait for the last events of requests that stop strings ended: they have the metrics."""
@@ -70,6 +79,7 @@ class RequestGroup:
         """Abort what still runs; no more pieces come. Idempotent."""
         self._running = 0
         self._ready.clear()
+        self._queue.put([])  # wakes a thread that waits for a piece
         while self._live:
             request_id, (_, request) = self._live.popitem()
             if request.finished:
@@ -85,13 +95,15 @@ class RequestGroup:
         if isinstance(delivery, BaseException):
             raise type(delivery)(*delivery.args) from delivery
         for event in delivery:
+            if event.request_id not in self._live:  # closed by another thread
+                continue
             index, request = self._live[event.request_id]
             chunk = request.feed(event)
             if chunk is not None:
                 self._ready.append((index, chunk))
                 self._running -= request.finished
             if request.settled:
-                del self._live[event.request_id]
+                self._live.pop(event.request_id, None)
                 self._dispatcher.forget(event.request_id)
 
 
@@ -140,6 +152,7 @@ class AsyncTokenStream:
         self._sink = sink
         self._request = request
         self._mailbox = Mailbox()
+        self._loop = asyncio.get_running_loop()
         self._open = False
         request.id = dispatcher.submit(sink, request.prompt_token_ids, arguments)
         # Deliveries run on this loop, so none comes before this line.
@@ -150,6 +163,9 @@ class AsyncTokenStream:
         return self
 
     async def __anext__(self) -> GenerationChunk:
+        self._dispatcher.check_process()
+        if asyncio.get_running_loop() is not self._loop:
+            raise RuntimeError("this stream belongs to another event loop")
         try:
             while True:
                 while self._mailbox.items:
