@@ -1,11 +1,11 @@
 """Compares the engine with llama.cpp's own benches on the same file, alternating in one run.
 
-    python benches/peers.py --model smollm2.Q4_1.gguf --llama-bin DIR [--threads 2] [--rounds 5] [--tests decode,prefill]
+    python benches/peers.py --model FILE.gguf --llama-bin DIR [--threads 2] [--rounds 5] [--tests decode]
 
 Tests: ``decode`` (128 tokens after a 1-token prompt), ``prefill`` (512 tokens) against ``llama-bench``;
-``batch`` (32 requests of 128 tokens in, 64 out) against ``llama-batched-bench``. Token ids are random, sampling is
-greedy, the prefix cache is cleared before each measurement. Prints tokens per second of both (medians), their ratio,
-and ends with one JSON line.
+``batch`` (32 requests of 128 tokens in, 64 out) against ``llama-batched-bench``. Token ids are random,
+sampling is greedy, the prefix cache is cleared before each measurement. Prints tokens per second of both
+(medians), their ratio, and ends with one JSON line.
 """
 
 import argparse
@@ -27,9 +27,13 @@ BATCH, BATCH_IN, BATCH_OUT = 32, 128, 64
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="a GGUF file that both can read")
-    parser.add_argument("--llama-bin", type=Path, required=True, help="folder of llama-bench and llama-batched-bench")
+    parser.add_argument(
+        "--llama-bin", type=Path, required=True, help="folder of llama-bench and llama-batched-bench"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tests", default="decode,prefill,batch")
@@ -108,7 +112,13 @@ def main() -> None:
     results: dict[str, object] = {}
     for test in arguments.tests.split(","):
         result = alternate(getattr(ours, test), getattr(llama, test), arguments.rounds)
-        print(f"{test:8} {result['ours']:>9} tok/s   llama.cpp {result['llama.cpp']:>9} tok/s   {result['ratio']}x", flush=True)
+        print(
+            f"{test:8} {result['ours']:>9} tok/s",
+            f"llama.cpp {result['llama.cpp']:>9} tok/s",
+            f"{result['ratio']}x",
+            sep="   ",
+            flush=True,
+        )
         results[test] = result
     conditions = {
         "model": Path(arguments.model).name,

@@ -2,7 +2,8 @@
 
     python benches/prefix.py [--model MODEL]
 
-Each request adds 8 tokens of its own to the prefix. Prints both medians and their ratio, and ends with one JSON line.
+Each request adds 8 tokens of its own to the prefix. Prints both medians and their ratio, and ends with one
+JSON line.
 """
 
 import argparse
@@ -18,7 +19,9 @@ PREFIX, SUFFIX, REQUESTS, COLD_RUNS = 1000, 8, 64, 5
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default=None)
     model = parser.parse_args().model
     rng = random.Random(0)
@@ -39,7 +42,17 @@ def main() -> None:
         first_token(prefix)
         shared = statistics.median(first_token(prefix + ids(SUFFIX)) for _ in range(REQUESTS))
     print(f"cold {cold * 1e3:.1f} ms, shared prefix {shared * 1e3:.1f} ms: {shared / cold:.3f}x")
-    print(json.dumps({"cold_s": cold, "shared_s": shared, "ratio": shared / cold, "prefix": PREFIX, "requests": REQUESTS}))
+    print(
+        json.dumps(
+            {
+                "cold_s": cold,
+                "shared_s": shared,
+                "ratio": shared / cold,
+                "prefix": PREFIX,
+                "requests": REQUESTS,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import hypothesis
@@ -11,10 +10,6 @@ import fake_core
 # The same examples in every run: a red test is somebody's change, not luck.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("fixed")
-
-HAS_CORE = importlib.util.find_spec("astrai_rs._core") is not None
-if not HAS_CORE:
-    fake_core.install()
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 

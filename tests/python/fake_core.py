@@ -266,7 +266,9 @@ def gguf_metadata(path: str) -> dict:
 
 
 def install() -> None:
-    """Stand in for `astrai_rs._core` where the extension is not built."""
+    """Stand in for `astrai_rs._core` in a process of its own."""
+    import astrai_rs
+
     module = types.ModuleType("astrai_rs._core")
     module.__dict__.update(
         Engine=FakeEngine, Event=Event, CheckpointError=CheckpointError, EngineClosed=EngineClosed,
@@ -274,3 +276,4 @@ def install() -> None:
         __version__="0.0.0",
     )  # fmt: skip
     sys.modules["astrai_rs._core"] = module
+    astrai_rs._core = module  # the import above has put the real one there

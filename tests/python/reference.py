@@ -1,4 +1,4 @@
-"""An independent reference in numpy: a Llama forward pass and vLLM's documented sampling semantics, in float64."""
+"""An independent reference in numpy, float64: a Llama forward pass and vLLM's documented sampling semantics."""
 
 import json
 import struct
@@ -62,7 +62,9 @@ class Llama:
         return np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
 
     def _attention(self, x: Array, prefix: str) -> Array:
-        heads, kv_heads, dim = (self.config[k] for k in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+        heads, kv_heads, dim = (
+            self.config[k] for k in ("num_attention_heads", "num_key_value_heads", "head_dim")
+        )
         q, k, v = (x @ self.weights[f"{prefix}.{p}_proj.weight"].T for p in "qkv")
         q = self._rotate(q.reshape(-1, heads, dim))
         k = self._rotate(k.reshape(-1, kv_heads, dim)).repeat(heads // kv_heads, 1)
@@ -114,7 +116,9 @@ class Filters:
         logits[self.forbidden] = -np.inf
         seen = np.unique([*prompt, *output]).astype(int)
         repeated = logits[seen]
-        logits[seen] = np.where(repeated > 0, repeated / self.repetition_penalty, repeated * self.repetition_penalty)
+        logits[seen] = np.where(
+            repeated > 0, repeated / self.repetition_penalty, repeated * self.repetition_penalty
+        )
         counts = np.bincount(np.asarray(output, dtype=int), minlength=len(logits))
         return logits - self.frequency_penalty * counts - self.presence_penalty * (counts > 0)
 

@@ -31,9 +31,6 @@ main()
 
 @pytest.fixture
 def start(folder):
-    pytest.importorskip("typer")
-    pytest.importorskip("rich")
-
     def run(*arguments, step=0.0, template=False, model=True):
         tests, source = str(Path(__file__).parent), str(Path(astrai_rs.__file__).parent.parent)
         code = PROGRAM.format(tests=tests, source=source, step=step, template=template)

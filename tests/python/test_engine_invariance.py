@@ -1,12 +1,12 @@
-"""Batch invariance, bitwise: a request gives the same ids and logprobs whatever shares its batch, cache and chunks."""
+"""Batch invariance, bitwise: same ids and logprobs whatever shares a request's batch, cache and chunks."""
 
 import random
 from typing import Any
 
 import pytest
-from reference import GOLDEN
 
 from astrai_rs import Engine, SamplingParams
+from reference import GOLDEN
 
 REQUESTS = 300
 VOCAB = 128
@@ -15,7 +15,11 @@ Result = list[tuple[list[int], list[dict[int, float]] | None, str | None]]
 
 def random_params(rng: random.Random, index: int) -> SamplingParams:
     """A mixture over every sampling field; each is set in some requests only."""
-    fields: dict[str, Any] = {"seed": index, "max_tokens": rng.randint(1, 48), "ignore_eos": rng.random() < 0.7}
+    fields: dict[str, Any] = {
+        "seed": index,
+        "max_tokens": rng.randint(1, 48),
+        "ignore_eos": rng.random() < 0.7,
+    }
 
     def sometimes(name: str, value: Any, chance: float = 0.3) -> None:
         if rng.random() < chance:
@@ -53,7 +57,9 @@ def results(outputs: list[Any]) -> list[Result]:
     """Everything that must be equal, floats as they are."""
 
     def plain(logprobs: Any) -> Any:
-        return logprobs and [entry and {token: value.logprob for token, value in entry.items()} for entry in logprobs]
+        return logprobs and [
+            entry and {token: value.logprob for token, value in entry.items()} for entry in logprobs
+        ]
 
     return [
         [(sample.token_ids, plain(sample.logprobs), sample.finish_reason) for sample in output.outputs]

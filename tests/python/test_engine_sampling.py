@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from reference import GOLDEN, Filters, Llama, chi_square_fits, log_softmax, read_safetensors
 
 from astrai_rs import Engine, SamplingParams
+from reference import GOLDEN, Filters, Llama, chi_square_fits, log_softmax, read_safetensors
 
 DRAWS = 3000
 
@@ -104,7 +104,9 @@ def test_draws_of_later_tokens_follow_the_penalised_distribution(
         assert chi_square_fits(drawn, expected), history
 
 
-def test_logprobs_are_natural_logs_of_the_raw_softmax(engine: Engine, model: Llama, prompt: list[int]) -> None:
+def test_logprobs_are_natural_logs_of_the_raw_softmax(
+    engine: Engine, model: Llama, prompt: list[int]
+) -> None:
     params = SamplingParams(max_tokens=8, seed=3, temperature=1.9, top_k=9, logprobs=-1, ignore_eos=True)
     output = engine.generate(prompt, params)
     assert output.logprobs is not None
@@ -118,8 +120,12 @@ def test_logprobs_are_natural_logs_of_the_raw_softmax(engine: Engine, model: Lla
         assert ranks[int(given.argmax())] == 1
 
 
-def test_top_logprobs_hold_the_best_and_the_sampled_token(engine: Engine, model: Llama, prompt: list[int]) -> None:
-    output = engine.generate(prompt, SamplingParams(max_tokens=6, seed=1, temperature=3.0, logprobs=3, ignore_eos=True))
+def test_top_logprobs_hold_the_best_and_the_sampled_token(
+    engine: Engine, model: Llama, prompt: list[int]
+) -> None:
+    output = engine.generate(
+        prompt, SamplingParams(max_tokens=6, seed=1, temperature=3.0, logprobs=3, ignore_eos=True)
+    )
     assert output.logprobs is not None
     for step, entries in enumerate(output.logprobs):
         expected = log_softmax(model.logits(prompt + output.token_ids[:step]))
@@ -154,7 +160,9 @@ def test_min_tokens_forbids_stop_ids_until_reached(engine: Engine, model: Llama,
     assert stop not in late.token_ids[:8]
     filters = Filters(forbidden=[stop])
     for step in range(8):
-        logits = filters.penalised(model.logits(prompt + late.token_ids[:step]), prompt, late.token_ids[:step])
+        logits = filters.penalised(
+            model.logits(prompt + late.token_ids[:step]), prompt, late.token_ids[:step]
+        )
         assert logits[late.token_ids[step]] >= logits.max() - 1e-4
 
 

@@ -5,13 +5,35 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from reference import GOLDEN
-from test_engine_invariance import random_params, results
 
 from astrai_rs import Engine, SamplingParams
 from astrai_rs.model import embedded_model
+from reference import GOLDEN
+from test_engine_invariance import random_params, results
 
-WORDS = "the a little old man table king said and upon time there was once house of in it she he water".split()
+WORDS = [
+    "the",
+    "a",
+    "little",
+    "old",
+    "man",
+    "table",
+    "king",
+    "said",
+    "and",
+    "upon",
+    "time",
+    "there",
+    "was",
+    "once",
+    "house",
+    "of",
+    "in",
+    "it",
+    "she",
+    "he",
+    "water",
+]
 Requests = tuple[list[str], list[SamplingParams]]
 
 
@@ -56,7 +78,9 @@ def test_text_fields(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "auto"])
 def test_quantised_weights(dtype: str) -> None:
     prompts, params = requests(16)
-    few = [replace(one, logprobs=one.logprobs and abs(one.logprobs)) for one in params]  # 49,152 floats a token add nothing
+    few = [
+        replace(one, logprobs=one.logprobs and abs(one.logprobs)) for one in params
+    ]  # 49,152 floats a token add nothing
     given, model = (prompts, few), str(embedded_model())
     with Engine(model, dtype=dtype, enable_prefix_caching=False) as engine:
         alone = run(engine, given, alone=True)

