@@ -1,7 +1,9 @@
 """The Rust core: token ids, numbers, paths and errors. It knows nothing about text."""
 
 from collections.abc import Sequence
-from typing import Any, final
+from typing import Any, Self, final
+
+__all__ = ["CheckpointError", "Engine", "EngineClosed", "Event", "__version__", "gguf_metadata", "system_info"]
 
 __version__: str
 
@@ -47,8 +49,8 @@ class Event:
 class Engine:
     """A loaded model and the thread that runs it. Every method may be called from any thread."""
 
-    def __init__(
-        self,
+    def __new__(
+        cls,
         path: str,
         *,
         device: str = "auto",
@@ -61,7 +63,7 @@ class Engine:
         num_threads: int | None = None,
         seed: int | None = None,
         eos_token_ids: Sequence[int] = (),
-    ) -> None: ...
+    ) -> Self: ...
     def submit(
         self,
         prompt_token_ids: Sequence[int],

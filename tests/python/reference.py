@@ -1,4 +1,4 @@
-"""An independent reference in numpy, float64: a Llama forward pass and vLLM's documented sampling semantics."""
+"""An independent reference in numpy, float64: a Llama forward pass, and sampling as vLLM documents it."""
 
 import json
 import struct
