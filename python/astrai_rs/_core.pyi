@@ -3,7 +3,15 @@
 from collections.abc import Sequence
 from typing import Any, Self, final
 
-__all__ = ["CheckpointError", "Engine", "EngineClosed", "Event", "__version__", "gguf_metadata", "system_info"]
+__all__ = [
+    "CheckpointError",
+    "Engine",
+    "EngineClosed",
+    "Event",
+    "__version__",
+    "gguf_metadata",
+    "system_info",
+]
 
 __version__: str
 
