@@ -90,6 +90,7 @@ class InferenceEngine:
             self.model.path,
             tokenizer=tokenizer,
             device=self.model.device,
+            dtype=self.model.dtype,
             max_model_len=max_seq_len,
             max_num_seqs=check_int("max_batch_size", max_batch_size),
         )

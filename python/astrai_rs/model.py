@@ -114,6 +114,8 @@ class AutoModel:
         self.config = config
         """The content of config.json; empty for a GGUF file."""
         self.device = "auto"
+        self.dtype = "float32"
+        """AstrAI computes in float32 unless `to` says otherwise."""
 
     @classmethod
     def register(cls, name: str) -> Callable[[Class], Class]:
@@ -183,11 +185,24 @@ class AutoModel:
             if copy.resolve() != file.resolve():
                 shutil.copyfile(file, copy)
 
-    def to(self, device: str) -> AutoModel:
-        """Choose the device (`cpu`, `cuda`) that an engine of this model will use."""
-        if not isinstance(device, str):
-            raise TypeError(f"device must be a string such as 'cpu' or 'cuda', not {type(device).__name__}")
-        self.device = device
+    def to(self, device: object = None, dtype: object = None) -> AutoModel:
+        """Choose where and how an engine of this model computes, as torch's `to` does.
+
+        Args:
+            device: `auto`, `cpu` or `cuda`; a dtype may stand in its place.
+            dtype: `auto`, `float32`, `bfloat16` or `float16`, by name or as torch's object.
+        """
+        for value in (device, dtype):
+            name = str(value).removeprefix("torch.")
+            if name in ("float32", "bfloat16", "float16") or (value is dtype and name == "auto"):
+                self.dtype = name
+            elif value is device and name in ("auto", "cpu", "cuda"):
+                self.device = name
+            elif value is not None:
+                raise ValueError(
+                    "to takes a device (auto, cpu, cuda) and a dtype (auto, float32, bfloat16, float16); "
+                    f"given: {value!r}"
+                )
         return self
 
 

@@ -134,6 +134,8 @@ def test_auto_model(checkpoint, tmp_path):
     assert isinstance(model, Transformer)
     assert model.config["dim"] == 4
     assert model.to("cpu").device == "cpu"
+    assert model.dtype == "float32"
+    assert model.to("cuda", "torch.bfloat16").dtype == "bfloat16"
     model.save_pretrained(tmp_path / "copy")
     names = sorted(file.name for file in (tmp_path / "copy").iterdir())
     assert names == ["config.json", "model.safetensors", "tokenizer.json"]
@@ -174,7 +176,7 @@ def test_register(checkpoint, monkeypatch):
         (lambda p: Transformer.from_pretrained(p), ValueError, "call AutoModel.from_pretrained"),
         (lambda p: AutoModel.get_model_class("none"), ValueError, "Unknown model_type: 'none'"),
         (lambda p: AutoModel.register("x")(int), TypeError, "int must be a subclass of AutoModel"),
-        (lambda p: AutoModel.from_pretrained(p).to(3), TypeError, "device must be a string"),
+        (lambda p: AutoModel.from_pretrained(p).to(3), ValueError, "to takes a device"),
         (lambda p: AutoModel.from_pretrained(p / "none"), FileNotFoundError, "none: no such file"),
     ],
 )
