@@ -13,7 +13,8 @@ import pytest
 import astrai_rs
 
 PROGRAM = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a CI may start us with SIGINT ignored
 sys.path[:0] = [{tests!r}, {source!r}]
 import fake_core
 fake_core.install()

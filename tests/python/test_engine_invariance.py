@@ -92,8 +92,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "auto", "bfloat16", "float16"])
-@pytest.mark.parametrize("model", ["llama", "mistral-swa", "astrai-qknorm-gated"])
+@pytest.mark.parametrize(
+    ("model", "dtype"),
+    [("llama", dtype) for dtype in ("float32", "auto", "bfloat16", "float16")]
+    + [(model, dtype) for model in ("mistral-swa", "astrai-qknorm-gated") for dtype in ("float32", "auto")],
+)
 def test_batch_invariance(model: str, dtype: str) -> None:
     requests = random_requests()
     alone = generate(model, dtype, requests, alone=True, enable_prefix_caching=False)

@@ -157,6 +157,8 @@ def test_an_async_stream_belongs_to_its_loop(engine: Engine) -> None:
 
 
 CTRL_C = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a CI may start us with SIGINT ignored
 from astrai_rs import Engine, SamplingParams
 engine = Engine({model!r})
 params = SamplingParams(max_tokens=100, n=900, ignore_eos=True)

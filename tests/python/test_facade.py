@@ -372,7 +372,8 @@ def test_use_after_fork_is_refused(engine):
 
 
 SCRIPT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a CI may start us with SIGINT ignored
 sys.path[:0] = [{tests!r}, {source!r}]
 import fake_core
 fake_core.install()
