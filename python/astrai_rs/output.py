@@ -101,7 +101,9 @@ class Request:
         return GenerationOutput(self.prompt, self.prompt_token_ids, self._prompt_logprobs, outputs)
 
     def _logprobs(self, row: Sequence[tuple[int, float, int]]) -> TokenLogprobs:
-        text = self._codec.id_to_text if self._codec is not None else lambda _: None
+        if self._codec is None:
+            return {token_id: Logprob(logprob, rank) for token_id, logprob, rank in row}
+        text = self._codec.id_to_text
         return {token_id: Logprob(logprob, rank, text(token_id)) for token_id, logprob, rank in row}
 
 
@@ -195,6 +197,7 @@ _EXCEPTIONS: dict[str, type[Exception]] = {
     "InvalidArgument": ValueError,
     "Checkpoint": CheckpointError,
     "Unsupported": NotImplementedError,
+    "NotFound": FileNotFoundError,
     "Io": OSError,
     "OutOfMemory": MemoryError,
     "Shutdown": EngineClosed,

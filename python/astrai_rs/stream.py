@@ -30,10 +30,13 @@ class RequestGroup:
         self._dispatcher = dispatcher
         self._reading = threading.Lock()
         self._queue: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
-        self._ready: deque[tuple[int, GenerationChunk]] = deque()
+        self._arrived: deque[Event] = deque()
+        """Events of the last delivery; one at a time, so that pieces before an error are given out."""
         self._live: dict[int, tuple[int, Request]] = {}
         """Requests whose events still come, by id."""
         self._running = len(prepared)
+        """Requests with samples that are not complete; only the reader counts it down."""
+        self._closed = False
         try:
             for index, (request, arguments) in enumerate(prepared):
                 request.id = dispatcher.submit(self._queue, request.prompt_token_ids, arguments)
@@ -50,35 +53,36 @@ class RequestGroup:
         if not self._reading.acquire(blocking=False):
             raise ValueError("this stream is being read by another thread")
         try:
-            while not self._ready and self._running:
-                self._receive(self._queue.get())
-            if not self._ready:
-                raise StopIteration
-            return self._ready.popleft()
-        except StopIteration:
-            raise
+            while self._running and not self._closed:
+                if not self._arrived:
+                    self._receive(self._queue.get())
+                elif (piece := self._feed(self._arrived.popleft())) is not None:
+                    return piece
         except BaseException:
             self.close()
             raise
         finally:
             self._reading.release()
+        raise StopIteration
 
     def settle(self, seconds: float) -> None:
         """Wait for the last events of requests that stop strings ended: they have the metrics."""
         while self._live:
+            if self._arrived:
+                self._feed(self._arrived.popleft())
+                continue
             try:
                 delivery = self._queue.get(timeout=seconds)
             except queue.Empty:
                 break
             if isinstance(delivery, BaseException):
                 break
-            self._receive(delivery)
+            self._arrived.extend(delivery)
         self.close()
 
     def close(self) -> None:
         """Abort what still runs; no more pieces come. Idempotent."""
-        self._running = 0
-        self._ready.clear()
+        self._closed = True
         self._queue.put([])  # wakes a thread that waits for a piece
         while self._live:
             request_id, (_, request) = self._live.popitem()
@@ -94,17 +98,20 @@ class RequestGroup:
     def _receive(self, delivery: Delivery) -> None:
         if isinstance(delivery, BaseException):
             raise type(delivery)(*delivery.args) from delivery
-        for event in delivery:
-            if event.request_id not in self._live:  # closed by another thread
-                continue
-            index, request = self._live[event.request_id]
-            chunk = request.feed(event)
-            if chunk is not None:
-                self._ready.append((index, chunk))
-                self._running -= request.finished
-            if request.settled:
-                self._live.pop(event.request_id, None)
-                self._dispatcher.forget(event.request_id)
+        self._arrived.extend(delivery)
+
+    def _feed(self, event: Event) -> tuple[int, GenerationChunk] | None:
+        """The event's piece; None if its sample was complete already, or the group is closed."""
+        index, request = self._live.get(event.request_id, (0, None))
+        if request is None:
+            return None
+        chunk = request.feed(event)
+        if chunk is not None:
+            self._running -= request.finished
+        if request.settled:
+            self._live.pop(event.request_id, None)
+            self._dispatcher.forget(event.request_id)
+        return None if chunk is None else (index, chunk)
 
 
 class TokenStream:
@@ -198,6 +205,7 @@ class AsyncTokenStream:
             self._open = False
             self._sink.mailboxes.pop(self._request.id, None)
             self._dispatcher.abort(self._request.id)
+        self._mailbox.items.clear()
 
     async def __aenter__(self) -> Self:
         return self

@@ -1,17 +1,29 @@
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
 
-import fake_core
+import astrai_rs
+from astrai_rs import Engine
 
 # The same examples in every run: a red test is somebody's change, not luck.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("fixed")
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
+GLASS = FIXTURES / "golden/glass-llama"
+
+LIMIT = 60
+"""Seconds after which something hangs; nothing here takes more than a few."""
 
 
 @pytest.fixture
@@ -19,41 +31,67 @@ def fixtures() -> Path:
     return FIXTURES
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A model folder for the fake core."""
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    return tmp_path
+@pytest.fixture(scope="session")
+def cases() -> list[dict]:
+    """Prompts of the story model and its greedy answers."""
+    return json.loads((GLASS / "golden.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def glass() -> Iterator[Engine]:
+    """The story model. Exact, so that its answers can be compared with the golden ones."""
+    with Engine(GLASS, dtype="float32") as engine:
+        yield engine
+
+
+ENDLESS_TOKENS = 2**16
+"""A cache for the endless model; the default has room for 64 whole contexts."""
+
+
+@pytest.fixture(scope="session")
+def endless_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The story model without an end: no end-of-text token, and a context that takes minutes to fill."""
+    folder = tmp_path_factory.mktemp("endless")
+    for name in ("model.safetensors", "tokenizer.json"):
+        shutil.copyfile(GLASS / name, folder / name)
+    config = json.loads((GLASS / "config.json").read_text(encoding="utf-8"))
+    config |= {"eos_token_id": None, "max_position_embeddings": 2**15}
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = json.loads((GLASS / "tokenizer_config.json").read_text(encoding="utf-8"))
+    del tokenizer["eos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    return folder
 
 
 @pytest.fixture
-def make_engine(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """Makes `Engine`s over the fake core; `.core` is the fake. Closed at the end."""
-    from astrai_rs import engine as module
-
-    monkeypatch.setattr(module._core, "Engine", fake_core.FakeEngine)
-    monkeypatch.setattr(fake_core.FakeEngine, "step_seconds", 0.0)
-    engines = []
-
-    def make(**options):
-        options.setdefault("tokenizer", fake_core.ByteTokenizer())
-        engine = module.Engine(folder, **options)
-        engine.core = engine._core
-        engines.append(engine)
-        return engine
-
-    yield make
-    for engine in engines:
-        engine.close()
+def endless(endless_folder: Path) -> Iterator[Engine]:
+    with Engine(endless_folder, kv_cache_tokens=ENDLESS_TOKENS) as engine:
+        yield engine
 
 
-@pytest.fixture
-def engine(make_engine):
-    return make_engine()
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.002)
 
 
-@pytest.fixture
-def slow_engine(make_engine, monkeypatch: pytest.MonkeyPatch):
-    """Each step takes 5 ms."""
-    monkeypatch.setattr(fake_core.FakeEngine, "step_seconds", 0.005)
-    return make_engine()
+GAUGES = ("num_requests_running", "num_requests_waiting", "kv_blocks_used")
+
+
+def assert_idle(engine: Engine) -> None:
+    """Nothing is held or queued in the core, nothing is routed in Python, and the engine answers."""
+    wait_until(lambda: not any(engine.stats()[name] for name in GAUGES))
+    assert engine._dispatcher._routes == {}
+    assert len(engine.generate("Once", astrai_rs.SamplingParams(max_tokens=3, ignore_eos=True)).token_ids) == 3
+
+
+def python(*arguments: str, **options) -> subprocess.Popen[str]:
+    """A Python process that finds this astrai_rs; its stdout and stderr are read as text."""
+    environment = os.environ | {"PYTHONPATH": str(Path(astrai_rs.__file__).parent.parent)}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    return subprocess.Popen([sys.executable, *arguments], text=True, env=environment, **options)
+
+
+INTERRUPTIBLE = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+"""First line of a process that shall take Ctrl-C: a CI may start us with SIGINT ignored."""

@@ -1,22 +1,25 @@
-"""Real engines under rough use: aborts, dropped iterators, closing, Ctrl-C, threads, asyncio."""
+"""Real engines under rough use: aborts, dropped iterators, closing, Ctrl-C, threads, asyncio, forks, exits."""
 
 import asyncio
 import gc
+import os
 import random
 import signal
 import subprocess
-import sys
 import threading
-import time
+import weakref
 from collections.abc import Iterator
 
 import pytest
 
 from astrai_rs import Engine, EngineClosed, SamplingParams
+from conftest import ENDLESS_TOKENS, INTERRUPTIBLE, LIMIT, assert_idle, python, wait_until
 from reference import GOLDEN
 
 MODEL = str(GOLDEN / "glass-llama")
-LONG = SamplingParams(max_tokens=100, ignore_eos=True, seed=1)
+SHORT = SamplingParams(max_tokens=100, ignore_eos=True, seed=1)
+ENDLESS = SamplingParams(max_tokens=30_000)
+"""With the fixture `endless`: runs until something stops it."""
 
 
 @pytest.fixture
@@ -25,23 +28,16 @@ def engine() -> Iterator[Engine]:
         yield engine
 
 
-def assert_idle(engine: Engine) -> None:
-    """Nothing is held or queued, and the engine answers."""
-    deadline = time.monotonic() + 10
-    keys = ("num_requests_running", "num_requests_waiting", "kv_blocks_used")
-    while any(engine.stats()[key] for key in keys) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    stats = engine.stats()
-    assert [stats[key] for key in keys] == [0, 0, 0]
-    assert len(engine.generate("Once", LONG).token_ids) == 100
+def random_request(rng: random.Random) -> tuple[list[int], SamplingParams]:
+    prompt = [rng.randrange(1000) for _ in range(rng.randint(1, 27))]
+    return prompt, SamplingParams(max_tokens=rng.randint(1, 100), ignore_eos=True, n=rng.choice([1, 1, 1, 3]))
 
 
 def test_a_thousand_random_aborts_and_dropped_iterators(engine: Engine) -> None:
     rng = random.Random(3)
     streams = []
     for _ in range(1000):
-        params = SamplingParams(max_tokens=rng.randint(1, 100), ignore_eos=True, n=rng.choice([1, 1, 1, 3]))
-        stream = engine.stream([rng.randrange(1000) for _ in range(rng.randint(1, 27))], params)
+        stream = engine.stream(*random_request(rng))
         for _ in range(rng.randint(0, 3)):
             next(stream, None)
         streams.append(stream)
@@ -55,98 +51,228 @@ def test_a_thousand_random_aborts_and_dropped_iterators(engine: Engine) -> None:
     assert_idle(engine)
 
 
-def test_async_streams_cancelled_and_dropped(engine: Engine) -> None:
-    expected = engine.generate("Once upon", LONG).text
+async def test_a_thousand_async_streams_end_in_every_way(engine: Engine) -> None:
+    rng = random.Random(4)
 
-    async def one(index: int) -> str | None:
-        stream = engine.astream("Once upon", LONG)
-        text = ""
-        async for piece in stream:
-            text += piece.text
-            if index % 3 == 1 and len(text) > 5:
-                return None  # dropped
-        return text
+    async def one(how: str, pieces: int) -> str:
+        stream = engine.astream(*random_request(rng))
+        async for _ in stream:
+            pieces -= 1
+            if pieces == 0 and how == "close":
+                await stream.aclose()
+            elif pieces == 0 and how == "drop":
+                break
+            elif pieces == 0 and how == "raise":
+                raise ZeroDivisionError
+        return how
 
-    async def everything() -> list[str | BaseException | None]:
-        tasks = [asyncio.create_task(one(index)) for index in range(50)]
-        await asyncio.sleep(0.005)
-        for task in tasks[2::3]:
-            task.cancel()
-        return await asyncio.gather(*tasks, return_exceptions=True)
-
-    results = asyncio.run(everything())
-    assert all(result == expected for result in results[0::3])
+    ways = ("cancel", "close", "drop", "raise", "finish")
+    for _ in range(20):
+        chosen = [rng.choice(ways) for _ in range(50)]
+        tasks = [asyncio.create_task(one(how, rng.randint(1, 4))) for how in chosen]
+        await asyncio.sleep(0)
+        for task, how in zip(tasks, chosen, strict=True):
+            if how == "cancel":
+                if rng.random() < 0.5:
+                    await asyncio.sleep(0.001)
+                task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    del tasks, task  # their exceptions hold frames, and these streams
+    await asyncio.sleep(0)  # lets go of gather's future, which woke us and holds the tasks
     gc.collect()
-    assert_idle(engine)
+    await asyncio.to_thread(assert_idle, engine)
+
+
+async def test_fifty_async_streams_give_what_each_gives_alone(engine: Engine) -> None:
+    requests = [
+        (f"Once there was {index}", SamplingParams(max_tokens=60, seed=index, n=1 + index % 2))
+        for index in range(50)
+    ]
+    alone = [[sample.text for sample in engine.generate(*request).outputs] for request in requests]
+
+    async def one(prompt: str, params: SamplingParams) -> list[str]:
+        texts = [""] * params.n
+        async for piece in engine.astream(prompt, params):
+            texts[piece.index] += piece.text
+        return texts
+
+    assert await asyncio.gather(*(one(*request) for request in requests)) == alone
+
+
+async def test_a_batch_of_events_wakes_the_loop_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = [engine.astream("Once", SHORT) for _ in range(30)]
+    loop, calls = asyncio.get_running_loop(), []
+    real = loop.call_soon_threadsafe
+    monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *given: (calls.append(given), real(*given))[1])
+    for stream in streams:
+        assert sum([len(piece.token_ids) async for piece in stream]) == 100
+    assert len(calls) < 30 * 100 / 4
 
 
 def test_eight_threads_share_an_engine(engine: Engine) -> None:
-    prompts = [f"Once there was {index}" for index in range(24)]
-    params = [SamplingParams(max_tokens=40, seed=index, ignore_eos=True) for index in range(24)]
+    prompts = [f"Once there was {index}" for index in range(48)]
+    params = [SamplingParams(max_tokens=40, seed=index, ignore_eos=True) for index in range(48)]
     alone = [engine.generate(prompt, one).token_ids for prompt, one in zip(prompts, params, strict=True)]
     got: dict[int, list[int]] = {}
 
     def work(first: int) -> None:
-        for index in range(first, 24, 8):
-            got[index] = engine.generate(prompts[index], params[index]).token_ids
+        for index in range(first, 48, 8):
+            if index % 3 == 0:
+                pieces = engine.stream(prompts[index], params[index])
+                got[index] = [token for piece in pieces for token in piece.token_ids]
+            elif index % 3 == 1:
+                got[index] = engine.generate(prompts[index], params[index]).token_ids
+            else:
+                next(engine.stream(prompts[index], SHORT))  # dropped
+                both = engine.generate([prompts[index]] * 2, params[index])
+                assert both[0].token_ids == both[1].token_ids
+                got[index] = both[0].token_ids
 
     threads = [threading.Thread(target=work, args=(first,)) for first in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
-    assert [got[index] for index in range(24)] == alone
+        thread.join(LIMIT)
+    assert [got[index] for index in range(48)] == alone
+    assert_idle(engine)
 
 
-def test_closing_ends_running_requests() -> None:
-    engine = Engine(MODEL)
-    stream = engine.stream("Once", SamplingParams(max_tokens=100, n=64, ignore_eos=True))
+def test_closing_ends_running_requests(endless: Engine) -> None:
+    stream = endless.stream("Once", ENDLESS)
     next(stream)
-    failures: list[BaseException] = []
+    results: list[object] = []
 
     def generate() -> None:
         try:
-            engine.generate(["a"] * 500, LONG)
-        except EngineClosed as error:
-            failures.append(error)
+            results.append(endless.generate(["a"] * 5, ENDLESS))
+        except BaseException as error:
+            results.append(error)
 
-    thread = threading.Thread(target=generate)
-    thread.start()
-    time.sleep(0.05)
-    engine.close()
-    thread.join(10)
-    assert len(failures) == 1
+    threads = [threading.Thread(target=generate) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: endless.stats()["num_requests_running"] == 21)
+    endless.close()
+    for thread in threads:
+        thread.join(LIMIT)
+    assert [type(result) for result in results] == [EngineClosed] * 4
     with pytest.raises(EngineClosed):
         list(stream)
+    assert list(stream) == []
+    for use in (
+        lambda: endless.generate("a"),
+        lambda: endless.stream("a"),
+        lambda: endless.chat([{"role": "user", "content": "a"}]),
+        endless.clear_prefix_cache,
+    ):
+        with pytest.raises(EngineClosed):
+            use()
+    assert not endless._dispatcher._thread.is_alive()
+    endless.close()
+
+
+async def test_closing_ends_async_streams(endless: Engine) -> None:
+    stream = endless.astream("abc", ENDLESS)
+    await anext(stream)
+    await asyncio.to_thread(endless.close)
     with pytest.raises(EngineClosed):
-        engine.generate("a")
-    engine.close()
+        async for _ in stream:
+            pass
+    with pytest.raises(EngineClosed):
+        endless.astream("a")
 
 
-def test_an_exception_in_a_consumer_aborts(engine: Engine) -> None:
-    def consume() -> None:
-        for _ in engine.stream("Once", SamplingParams(max_tokens=100, n=32, ignore_eos=True)):
-            raise ZeroDivisionError
+@pytest.mark.parametrize("how", ["close", "drop", "with", "never started", "exception"])
+def test_ending_a_stream_aborts_its_request(endless: Engine, how: str) -> None:
+    stream = endless.stream("abc", ENDLESS)
+    if how == "close":
+        next(stream)
+        stream.close()
+        stream.close()
+        with pytest.raises(StopIteration):
+            next(stream)
+    elif how == "with":
+        with stream:
+            next(stream)
+    elif how == "exception":
 
-    with pytest.raises(ZeroDivisionError):
-        consume()
-    assert_idle(engine)
+        def consume() -> None:
+            for _ in endless.stream("def", ENDLESS):
+                raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            consume()
+    elif how == "drop":
+        next(stream)
+    del stream
+    gc.collect()
+    assert_idle(endless)
 
 
-def test_a_stream_belongs_to_one_reader(engine: Engine) -> None:
-    stream = engine.stream("Once", SamplingParams(max_tokens=100, n=200, ignore_eos=True))
-    thread = threading.Thread(target=lambda: list(stream))
+@pytest.mark.parametrize("how", ["cancel", "drop", "aclose", "with", "exception"])
+async def test_ending_an_async_stream_aborts_its_request(endless: Engine, how: str) -> None:
+    stream = endless.astream("abc", ENDLESS)
+    await anext(stream)
+
+    async def consume() -> None:
+        async for _ in stream:
+            if how == "exception":
+                raise ZeroDivisionError
+
+    if how == "cancel":
+        task = asyncio.create_task(consume())
+        await asyncio.sleep(0.02)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        with pytest.raises(StopAsyncIteration):
+            await anext(stream)
+    elif how == "aclose":
+        await stream.aclose()
+        with pytest.raises(StopAsyncIteration):
+            await anext(stream)
+    elif how == "with":
+        async with stream:
+            await anext(stream)
+    elif how == "exception":
+        with pytest.raises(ZeroDivisionError):
+            await consume()
+    del stream, consume
+    gc.collect()
+    await asyncio.to_thread(assert_idle, endless)
+
+
+def test_a_closed_loop_aborts_its_streams(endless: Engine) -> None:
+    async def leave() -> object:
+        stream = endless.astream("abc", ENDLESS)
+        await anext(stream)
+        return stream
+
+    stream = asyncio.run(leave())
+    assert_idle(endless)
+    del stream
+
+
+def test_closing_a_stream_ends_its_reader(endless: Engine) -> None:
+    stream = endless.stream("Once", ENDLESS)
+    pieces: list[object] = []
+
+    def read() -> None:
+        for piece in stream:
+            pieces.append(piece)
+
+    thread = threading.Thread(target=read)
     thread.start()
-    time.sleep(0.02)
-    stream.close()  # ends the reader, wherever it is
-    thread.join(10)
+    wait_until(lambda: len(pieces) > 10)
+    stream.close()
+    thread.join(LIMIT)
     assert not thread.is_alive()
-    assert_idle(engine)
+    assert_idle(endless)
 
 
 def test_an_async_stream_belongs_to_its_loop(engine: Engine) -> None:
     async def make():
-        return engine.astream("Once", LONG)
+        return engine.astream("Once", SHORT)
 
     async def read(stream):
         return [piece async for piece in stream]
@@ -154,40 +280,117 @@ def test_an_async_stream_belongs_to_its_loop(engine: Engine) -> None:
     stream = asyncio.run(make())
     with pytest.raises(RuntimeError, match="another event loop"):
         asyncio.run(read(stream))
+    with pytest.raises(RuntimeError, match="no running event loop"):
+        engine.astream("Once", SHORT)
 
+
+def test_a_dropped_engine_is_closed(endless_folder) -> None:
+    engine = Engine(endless_folder, kv_cache_tokens=ENDLESS_TOKENS)
+    stream, thread, gone = engine.stream("Once", ENDLESS), engine._dispatcher._thread, weakref.ref(engine)
+    next(stream)
+    del engine
+    gc.collect()
+    assert gone() is None
+    thread.join(LIMIT)
+    assert not thread.is_alive()
+    with pytest.raises(EngineClosed):
+        list(stream)
+
+
+ENGINE = f"""
+import asyncio, os
+from astrai_rs import Engine, SamplingParams
+engine = Engine({{folder!r}}, kv_cache_tokens={ENDLESS_TOKENS})
+endless = SamplingParams(max_tokens=30_000)
+few = SamplingParams(max_tokens=5)
+async def first_piece():
+    await anext(engine.astream("Once", endless))
+"""
 
 CTRL_C = """
-import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a CI may start us with SIGINT ignored
-from astrai_rs import Engine, SamplingParams
-engine = Engine({model!r})
-params = SamplingParams(max_tokens=100, n=900, ignore_eos=True)
+async def read():
+    async for piece in engine.astream("Once", endless):
+        pass
 print("ready", flush=True)
 try:
     {call}
-    print("finished")
 except KeyboardInterrupt:
-    few = SamplingParams(max_tokens=5, ignore_eos=True)
     print("interrupted", len(engine.generate("Once", few).token_ids))
+    stats = engine.stats()
+    print(stats["num_requests_running"], stats["num_requests_waiting"], stats["kv_blocks_used"])
 """
 
 
 @pytest.mark.parametrize(
     "call",
     [
-        "engine.generate(['Once'] * 50, params)",
-        "[None for _ in range(50) for _ in engine.stream('a', params)]",
+        "engine.generate(['Once', 'upon'] * 50, endless)",
+        "for piece in engine.stream('Once', endless): pass",
+        "asyncio.run(read())",
     ],
 )
-def test_ctrl_c(call: str) -> None:
-    code = CTRL_C.format(model=MODEL, call=call)
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+def test_ctrl_c(endless_folder, call: str) -> None:
+    code = INTERRUPTIBLE + ENGINE.format(folder=str(endless_folder)) + CTRL_C.format(call=call)
+    with python("-c", code) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-        time.sleep(0.3)
+        with pytest.raises(subprocess.TimeoutExpired):  # it is busy
+            process.wait(0.3)
         process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=30)[0] == "interrupted 5\n"
+        assert process.communicate(timeout=LIMIT) == ("interrupted 5\n0 0 0\n", "")
         assert process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "pass",
+        "engine.close()",
+        "stream = engine.stream('Once', endless); next(stream)",
+        "stream = engine.stream('Once', endless); next(stream); raise SystemExit(0)",
+        "engine.me = engine; stream = engine.stream('Once', endless)",
+        "asyncio.run(first_piece())",
+    ],
+)
+def test_the_interpreter_exits_with_a_running_engine(endless_folder, code: str) -> None:
+    with python("-c", ENGINE.format(folder=str(endless_folder)) + code) as process:
+        assert process.communicate(timeout=LIMIT) == ("", "")
+        assert process.returncode == 0
+
+
+FORK = """
+stream = engine.stream("Once", endless)
+next(stream)
+pid = os.fork()
+if pid == 0:
+    async def astream():
+        engine.astream("a")
+    calls = [lambda: engine.generate("a"), lambda: engine.stream("a"), lambda: asyncio.run(astream()),
+             lambda: engine.chat([{"role": "user", "content": "a"}]), engine.stats, engine.clear_prefix_cache,
+             engine.close, lambda: next(stream)]
+    for call in calls:
+        try:
+            print("not refused", call())
+        except RuntimeError as error:
+            print(error)
+    print("end of child", flush=True)
+else:
+    os.waitpid(pid, 0)
+    stream.close()
+    print(len(engine.generate("Once", few).token_ids))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_use_after_fork_is_refused(endless_folder) -> None:
+    """The child also exits by itself, through the finalizers of what it inherited."""
+    code = ENGINE.format(folder=str(endless_folder)) + FORK
+    with python("-W", "ignore", "-c", code) as process:
+        out, err = process.communicate(timeout=LIMIT)
+    *refusals, end, parent = out.splitlines()
+    assert (end, parent, process.returncode, err) == ("end of child", "5", 0, "")
+    assert len(refusals) == 8
+    assert all(line.startswith("this Engine was made before a fork") for line in refusals), refusals
 
 
 def test_samples_share_the_prompts_blocks() -> None:
@@ -198,61 +401,3 @@ def test_samples_share_the_prompts_blocks() -> None:
             stream = engine.stream(prompt, params)
             most = max(engine.stats()["kv_blocks_used"] for _ in stream)
             assert 6 < most <= 6 + 16 * 2  # 16 tables of 7 blocks apiece would be 112
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"kv_cache_tokens": 10**13}, MemoryError, "a KV cache of 10000000000000 tokens needs"),
-        ({"kv_cache_tokens": 0}, ValueError, "kv_cache_tokens must be at least 1; given: 0"),
-        ({"max_model_len": 129}, ValueError, "max_model_len must be at most 128"),
-        ({"max_model_len": -1}, ValueError, "max_model_len must be at least 1; given: -1"),
-        ({"max_model_len": 1.5}, TypeError, "max_model_len must be an integer; given: 1.5"),
-        ({"max_num_seqs": 0}, ValueError, "max_num_seqs must be at least 1; given: 0"),
-        ({"max_num_batched_tokens": -3}, ValueError, "max_num_batched_tokens must be at least 1; given: -3"),
-        ({"num_threads": 0}, ValueError, "num_threads must be at least 1; given: 0"),
-        ({"num_threads": True}, TypeError, "num_threads must be an integer; given: True"),
-        ({"seed": -5}, ValueError, "seed must be between 0 and 18446744073709551615"),
-        (
-            {"dtype": "int3"},
-            ValueError,
-            'dtype must be one of auto, float32, bfloat16, float16; given: "int3"',
-        ),
-        ({"device": "tpu"}, ValueError, 'device must be one of auto, cpu, cuda; given: "tpu"'),
-        ({"device": "cuda"}, NotImplementedError, "this build has no CUDA"),
-        ({"device": 5}, TypeError, "device: 'int' object is not an instance of 'str'; given: 5"),
-    ],
-    ids=str,
-)
-def test_bad_engine_arguments(options: dict, error: type[Exception], message: str) -> None:
-    with pytest.raises(error) as caught:
-        Engine(MODEL, **options)
-    assert message in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"n": 10**6}, "n must be between 1 and 1024; given: 1000000"),
-        ({"seed": -2}, "seed must be between 0 and 18446744073709551615, or -1 for a random one; given: -2"),
-        ({"top_p": 0}, "top_p must be above 0 and at most 1; given: 0"),
-        ({"temperature": float("nan")}, "temperature must be a finite number of at least 0; given: NaN"),
-        ({"logprobs": 1025}, "logprobs must be between 0 and 1024 (the vocabulary), or -1"),
-        ({"max_tokens": 0}, "max_tokens must be at least 1; given: 0"),
-        (
-            {"allowed_token_ids": [1024]},
-            "allowed_token_ids must hold token ids between 0 and 1023; given: 1024",
-        ),
-    ],
-    ids=str,
-)
-def test_bad_sampling_values(engine: Engine, fields: dict, message: str) -> None:
-    with pytest.raises(ValueError) as caught:  # noqa: PT011
-        engine.generate("a", SamplingParams(**fields))
-    assert message in str(caught.value)
-
-
-@pytest.mark.parametrize("token", [-1, 1024, 2**40])
-def test_bad_prompt_ids(engine: Engine, token: int) -> None:
-    with pytest.raises(ValueError, match=f"prompt token ids must be between 0 and 1023; given: {token}"):
-        engine.generate([token])

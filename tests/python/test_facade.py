@@ -1,489 +1,266 @@
-"""Engine over the fake core: order, samples, streams, aborts, threads, errors, close, fork, Ctrl-C."""
+"""`Engine` over the story model: forms of prompts, samples, texts and stops, streams, chat."""
 
 from __future__ import annotations
 
-import asyncio
-import gc
-import os
-import signal
-import subprocess
-import sys
-import textwrap
-import threading
-import time
-from pathlib import Path
+import json
+import shutil
 
 import numpy as np
 import pytest
 
-import fake_core
-from astrai_rs import Engine, EngineClosed, GenerationOutput, Logprob, SamplingParams
+from astrai_rs import Engine, GenerationOutput, SamplingParams
+from conftest import FIXTURES, GLASS, assert_idle, wait_until
 
-LONG = SamplingParams(max_tokens=400, ignore_eos=True)
-
-
-def wait_until(condition, seconds=5.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.002)
+EOS = 3
+LONG = SamplingParams(max_tokens=30_000)
+ENDS_AT_ONCE = {"logit_bias": {EOS: 100.0}}
 
 
-def idle(engine):
-    return lambda: engine.stats()["num_requests_running"] == 0
+def greedy(case, **fields):
+    return SamplingParams(**({"temperature": 0, "max_tokens": len(case["greedy_ids"])} | fields))
 
 
-def test_one_prompt_gives_one_output(engine):
-    out = engine.generate("hello")
+@pytest.fixture
+def case(cases):
+    return cases[0]
+
+
+def test_one_prompt_gives_one_output(glass, case):
+    out = glass.generate(case["prompt"], greedy(case))
     assert isinstance(out, GenerationOutput)
-    assert out.text == "HELLO"
-    assert out.prompt == "hello"
-    assert out.prompt_token_ids == list(b"hello")
-    assert out.token_ids == [*b"HELLO", 0]
-    assert (out.finish_reason, out.stop_reason) == ("stop", None)
+    assert (out.prompt, out.prompt_token_ids) == (case["prompt"], case["prompt_ids"])
+    assert (out.text, out.token_ids) == (case["text"], case["greedy_ids"])
+    assert (out.finish_reason, out.stop_reason) == ("length", None)
     assert out.metrics.finished_time >= out.metrics.first_token_time >= out.metrics.arrival_time
-    assert out.logprobs is None
+    assert (out.logprobs, out.prompt_logprobs) == (None, None)
+    assert len(glass.generate(case["prompt"]).outputs) == 1
 
 
-def test_ids_as_prompt(engine):
-    out = engine.generate([104, 105])
-    assert (out.prompt, out.text) == (None, "HI")
-    assert engine.generate((104, 105)).text == "HI"
-    array = np.array([104, 105])
-    assert engine.generate(array).text == "HI"
-    assert [out.text for out in engine.generate([array, array[:1]])] == ["HI", "H"]
+def test_ids_as_prompt(glass, case):
+    ids, params = case["prompt_ids"], greedy(case)
+    for prompt in (ids, tuple(ids), np.array(ids), range(*ids[:2])):
+        out = glass.generate(prompt, params)
+        assert out.prompt is None
+        assert out.text == case["text"] or isinstance(prompt, range)
+    outs = glass.generate([np.array(ids), np.array(ids[:1])], params)
+    assert [out.prompt_token_ids for out in outs] == [ids, ids[:1]]
 
 
-def test_list_keeps_order_and_mixes_texts_and_ids(engine):
-    prompts = [f"prompt {'x' * (i % 7)}{i}" for i in range(50)] + [[97, 98]]
-    outs = engine.generate(prompts)
-    assert [out.text for out in outs] == [p.upper() if isinstance(p, str) else "AB" for p in prompts]
-    assert outs[0].prompt == prompts[0]
-    assert outs[-1].prompt is None
-    assert engine.generate([]) == []
+def test_list_keeps_order_and_mixes_texts_and_ids(glass, case):
+    prompts = [f"Once {'upon ' * (i % 7)}{i}" for i in range(50)] + [case["prompt_ids"]]
+    params = greedy(case, max_tokens=5)
+    outs = glass.generate(prompts, params)
+    assert [out.token_ids for out in outs] == [glass.generate(p, params).token_ids for p in prompts]
+    assert [out.prompt for out in outs] == [*prompts[:-1], None]
+    assert glass.generate([]) == []
 
 
-def test_params_one_each(engine):
-    outs = engine.generate(["abcdef", "ghijkl"], [SamplingParams(max_tokens=2), SamplingParams(max_tokens=3)])
-    assert [(o.text, o.finish_reason) for o in outs] == [("AB", "length"), ("GHI", "length")]
-    with pytest.raises(ValueError, match="1 given for 2 prompts"):
-        engine.generate(["a", "b"], [SamplingParams()])
+def test_params_one_each(glass):
+    outs = glass.generate(["a", "b"], [SamplingParams(max_tokens=2), SamplingParams(max_tokens=3)])
+    assert [len(out.token_ids) for out in outs] == [2, 3]
 
 
-def test_n_samples(engine):
-    out = engine.generate("abc", SamplingParams(n=3))
-    assert [(o.index, o.text) for o in out.outputs] == [(0, "ABC"), (1, "BCA"), (2, "CAB")]
-    assert out.text == "ABC"
+def test_n_samples(glass):
+    params = SamplingParams(n=3, seed=5, max_tokens=12)
+    out = glass.generate("Once", params)
+    assert [sample.index for sample in out.outputs] == [0, 1, 2]
+    assert len({sample.text for sample in out.outputs}) == 3
+    assert out.text == out.outputs[0].text
+    texts = ["", "", ""]
+    for piece in glass.stream("Once", params):
+        texts[piece.index] += piece.text
+    assert texts == [sample.text for sample in out.outputs]
 
 
-def test_logprobs(engine):
-    out = engine.generate("abc", SamplingParams(logprobs=1, prompt_logprobs=0, max_tokens=2))
-    assert out.logprobs[0] == {65: Logprob(-0.5, 1, "A"), 7: Logprob(-2.0, 2, "\x07")}
-    assert len(out.logprobs) == 2
+def test_logprobs(glass, case):
+    out = glass.generate(case["prompt"], greedy(case, logprobs=2, prompt_logprobs=0))
+    assert len(out.logprobs) == len(out.token_ids)
+    for token, entries in zip(out.token_ids, out.logprobs, strict=True):
+        first, *others = entries.items()
+        assert (first[0], first[1].rank) == (token, 1)
+        assert first[1].decoded_token == glass.tokenizer.id_to_text(token)
+        assert [entry.rank for _, entry in others] == [2]
+        assert 0 >= first[1].logprob >= others[0][1].logprob
     assert out.prompt_logprobs[0] is None
-    assert out.prompt_logprobs[1] == {98: Logprob(-1.0, 1, "b")}
-    assert len(out.prompt_logprobs) == 3
+    assert [list(entries) for entries in out.prompt_logprobs[1:]] == [[id] for id in case["prompt_ids"][1:]]
 
 
-def test_stop_token_text_is_left_out(engine):
-    params = SamplingParams(stop_token_ids=[67], skip_special_tokens=False)
-    out = engine.generate("abcd", params)
-    assert (out.text, out.token_ids, out.stop_reason) == ("AB", [65, 66, 67], 67)
-    out = engine.generate("ab", SamplingParams(skip_special_tokens=False))
-    assert out.text == "AB"
-    out = engine.generate("ab", SamplingParams(skip_special_tokens=False, include_stop_str_in_output=True))
-    assert out.text == "AB</s>"
+def test_text_ends_before_the_stop_token(glass, case):
+    ids = case["greedy_ids"]
+    decode = glass.tokenizer.decode
+    out = glass.generate(case["prompt"], greedy(case, stop_token_ids=[ids[4]]))
+    assert (out.finish_reason, out.stop_reason, out.token_ids) == ("stop", ids[4], ids[:5])
+    assert out.text == decode(ids[:4])
+    included = greedy(case, stop_token_ids=[ids[4]], include_stop_str_in_output=True)
+    assert glass.generate(case["prompt"], included).text == decode(ids[:5])
+
+
+def test_end_of_text(glass, case):
+    out = glass.generate(case["prompt"], greedy(case, **ENDS_AT_ONCE, skip_special_tokens=False))
+    assert (out.text, out.token_ids, out.finish_reason, out.stop_reason) == ("", [EOS], "stop", None)
+    shown = greedy(case, **ENDS_AT_ONCE, skip_special_tokens=False, include_stop_str_in_output=True)
+    assert glass.generate(case["prompt"], shown).text == "<eos>"
+    goes_on = greedy(case, **ENDS_AT_ONCE, ignore_eos=True, skip_special_tokens=False, max_tokens=3)
+    assert glass.generate(case["prompt"], goes_on).text == "<eos>" * 3
+    later = glass.generate(case["prompt"], greedy(case, **ENDS_AT_ONCE, min_tokens=4))
+    assert later.token_ids == [*case["greedy_ids"][:4], EOS]
 
 
 @pytest.mark.parametrize("include", [False, True])
-def test_stop_string_cuts_text_ids_and_logprobs(engine, include):
-    params = SamplingParams(stop=["ZZ", "CD"], logprobs=0, include_stop_str_in_output=include, n=2)
-    out = engine.generate("abcdefgh", params)
-    assert out.text == ("ABCD" if include else "AB")
-    assert (out.finish_reason, out.stop_reason) == ("stop", "CD")
-    assert out.token_ids == list(b"ABCD")
-    assert len(out.logprobs) == 4
-    assert out.outputs[1].text == ("BCD" if include else "B")
-    assert out.metrics is not None, "the last event after the abort brings the metrics"
-    assert engine.core.stats()["num_requests_running"] == 0
+def test_stop_string_cuts_text_ids_and_logprobs(glass, case, include):
+    stop = case["text"][10:16]
+    fields = {"stop": ["zzz", stop], "include_stop_str_in_output": include, "logprobs": 0, "n": 2}
+    for out in glass.generate(case["prompt"], greedy(case, **fields)).outputs:
+        assert out.text == case["text"][: case["text"].index(stop) + include * len(stop)]
+        assert (out.finish_reason, out.stop_reason) == ("stop", stop)
+        assert out.token_ids == case["greedy_ids"][: len(out.token_ids)]
+        assert stop in glass.tokenizer.decode(out.token_ids)
+        assert len(out.logprobs) == len(out.token_ids) < len(case["greedy_ids"])
+        assert out.metrics is not None, "the last event after the abort brings the metrics"
+    assert_idle(glass)
 
 
-def test_stop_string_without_a_last_event_does_not_hang(engine, monkeypatch):
-    monkeypatch.setattr(fake_core.FakeEngine, "aborted_events", False)
-    monkeypatch.setattr(fake_core.FakeEngine, "step_seconds", 0.001)
-    out = engine.generate("abcdefgh", SamplingParams(stop="CD"))
-    assert (out.text, out.metrics) == ("AB", None)
+def test_min_tokens_delays_stop_strings(glass, case):
+    text, stop = case["text"], " the"
+    first = glass.generate(case["prompt"], greedy(case, stop=stop))
+    assert first.text == text[: text.index(stop)]
+    needed = len(first.token_ids)
+    same = glass.generate(case["prompt"], greedy(case, stop=stop, min_tokens=needed - 1))
+    assert same.text == first.text
+    second = glass.generate(case["prompt"], greedy(case, stop=stop, min_tokens=needed))
+    assert second.text == text[: text.index(stop, text.index(stop) + 1)]
 
 
-def test_min_tokens_delays_stop_strings(engine):
-    assert engine.generate("abababab", SamplingParams(stop="AB", min_tokens=3)).text == "AB"
-    assert engine.generate("abababab", SamplingParams(stop="AB", min_tokens=2)).text == "AB"
-    assert engine.generate("abababab", SamplingParams(stop="AB", min_tokens=1)).text == ""
+def test_bad_words_with_and_without_a_space_before(glass, case):
+    words = ["the", "table"]
+    assert all(word in case["text"].split() for word in ("the",))
+    out = glass.generate(case["prompt"], greedy(case, bad_words=words))
+    assert not set(out.text.replace(",", " ").split()) & set(words)
 
 
-def test_stream(engine):
-    pieces = list(engine.stream("héllo"))
-    assert "".join(p.text for p in pieces) == engine.generate("héllo").text
-    assert [i for p in pieces for i in p.token_ids] == engine.generate("héllo").token_ids
-    assert [p.finish_reason for p in pieces][-1] == "stop"
-    assert all(p.finish_reason is None for p in pieces[:-1])
-    assert pieces[-1].metrics is not None
+def test_stream(glass, cases):
+    for case in cases:
+        pieces = list(glass.stream(case["prompt"], greedy(case)))
+        assert "".join(piece.text for piece in pieces) == case["text"]
+        assert [token for piece in pieces for token in piece.token_ids] == case["greedy_ids"]
+        assert [piece.finish_reason for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
+        assert pieces[-1].finish_reason == "length"
+        assert pieces[-1].metrics is not None
+    assert_idle(glass)
 
 
-def test_stream_holds_back_what_may_be_a_stop_string(engine):
-    texts = [p.text for p in engine.stream("abcabd", SamplingParams(stop="BD"))]
-    assert "".join(texts) == "ABCA"
-    assert texts[1] == "", "B may begin the stop string"
+def test_no_part_of_a_stop_string_is_streamed(glass, case):
+    stop = case["text"][20:40]
+    seen = ""
+    for piece in glass.stream(case["prompt"], greedy(case, stop=stop)):
+        seen += piece.text
+        assert case["text"][:20].startswith(seen)
+    assert seen == case["text"][:20]
 
 
-def test_stream_of_several_samples(engine):
-    texts = {0: "", 1: ""}
-    for piece in engine.stream("abc", SamplingParams(n=2)):
-        texts[piece.index] += piece.text
-    assert texts == {0: "ABC", 1: "BCA"}
-
-
-def test_bad_arguments_of_stream_raise_at_the_call(engine):
-    with pytest.raises(ValueError, match="temperature"):
-        engine.stream("a", SamplingParams(temperature=-1))
-    with pytest.raises(ValueError, match="empty"):
-        engine.stream([])
-
-
-def test_a_failed_submit_aborts_the_others(slow_engine):
-    with pytest.raises(ValueError, match="temperature"):
-        slow_engine.generate(["a", "b"], [LONG, SamplingParams(temperature=-1)])
-    wait_until(idle(slow_engine))
-
-
-@pytest.mark.parametrize("how", ["close", "drop", "with", "never started", "exception"])
-def test_ending_a_stream_aborts_its_request(slow_engine, how):
-    stream = slow_engine.stream("abc", LONG)
-    if how == "close":
-        next(stream)
-        stream.close()
-        stream.close()
-        with pytest.raises(StopIteration):
-            next(stream)
-    elif how == "drop":
-        next(stream)
-        del stream
-    elif how == "with":
-        with stream:
-            next(stream)
-    elif how == "exception":
-
-        def consume(stream):
-            for _ in stream:
-                raise KeyError("consumer")
-
-        with pytest.raises(KeyError):
-            consume(stream)
-        del stream
-    else:
-        del stream
-    gc.collect()
-    wait_until(idle(slow_engine))
-    assert slow_engine._dispatcher._routes == {}
-
-
-def test_a_finished_stream_is_not_aborted(engine):
-    list(engine.stream("abc"))
-    engine.generate(["abc", "d"])
-    assert engine.core.aborts == []
-    assert engine._dispatcher._routes == {}
-
-
-def test_many_random_aborts_leave_nothing(slow_engine):
-    streams = [slow_engine.stream(f"p{i}", LONG) for i in range(200)]
-    for i, stream in enumerate(streams):
-        if i % 3:
-            next(stream)
-    del stream, streams
-    wait_until(idle(slow_engine))
-    assert slow_engine._dispatcher._routes == {}
-    assert slow_engine.generate("ok").text == "OK"
-
-
-def test_threads_share_an_engine(engine):
-    results = {}
-
-    def work(number):
-        for turn in range(10):
-            text = f"thread {number} turn {turn}"
-            results[number, turn] = engine.generate([text, text + "!"]), text
-            results[number, turn, "s"] = "".join(p.text for p in engine.stream(text)), text
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(results) == 160
-    for key, (got, text) in results.items():
-        want = text.upper()
-        assert (got == want) if len(key) == 3 else ([o.text for o in got] == [want, want + "!"])
-
-
-async def test_astream(engine):
-    async def one(text):
-        return "".join([piece.text async for piece in engine.astream(text)])
-
-    texts = [f"task {i} ✓" for i in range(40)]
-    assert await asyncio.gather(*map(one, texts)) == [t.upper() for t in texts]
-    assert engine._dispatcher._routes == {}
-
-
-async def test_batches_of_events_wake_the_loop_once(engine, monkeypatch):
-    streams = [engine.astream("abcdef") for _ in range(30)]
-    loop, calls = asyncio.get_running_loop(), []
-    real = loop.call_soon_threadsafe
-    monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *a: (calls.append(a), real(*a))[1])
-    for stream in streams:
-        assert "".join([p.text async for p in stream]) == "ABCDEF"
-    assert len(calls) < 30 * 7
-
-
-@pytest.mark.parametrize("how", ["cancel", "drop", "aclose"])
-async def test_ending_an_async_stream_aborts_its_request(slow_engine, how):
-    stream = slow_engine.astream("abc", LONG)
-    await anext(stream)
-    if how == "cancel":
-
-        async def consume():
-            async for _ in stream:
-                pass
-
-        task = asyncio.create_task(consume())
-        await asyncio.sleep(0.02)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-    elif how == "aclose":
-        await stream.aclose()
-        with pytest.raises(StopAsyncIteration):
-            await anext(stream)
-    else:
-        del stream
-    assert slow_engine._dispatcher._routes == {}
-    await asyncio.to_thread(wait_until, idle(slow_engine))
-
-
-def test_a_closed_loop_aborts_its_streams(slow_engine):
-    async def leave():
-        stream = slow_engine.astream("abc", LONG)
-        await anext(stream)
-        return stream
-
-    stream = asyncio.run(leave())
-    wait_until(idle(slow_engine))
-    assert slow_engine._dispatcher._thread.is_alive()
-    del stream
-    assert slow_engine.generate("ok").text == "OK"
-
-
-@pytest.mark.parametrize(
-    ("kind", "expected"),
-    [("InvalidArgument", ValueError), ("Device", RuntimeError), ("Bug", RuntimeError), ("OutOfMemory",
-    MemoryError),
-     ("Unsupported", NotImplementedError), ("Io", OSError), ("Shutdown", EngineClosed)],
-)  # fmt: skip
-def test_errors_of_a_step(engine, kind, expected):
-    engine.core.fail_next(kind, "it broke")
-    with pytest.raises(expected, match="it broke"):
-        engine.generate("abc")
-    engine.core.fail_next(kind, "it broke")
-    with pytest.raises(expected, match="it broke"):
-        list(engine.stream("abc"))
-    assert engine.generate("ok").text == "OK"
-
-
-def test_close_ends_live_requests(slow_engine):
-    results = []
-
-    def work():
-        try:
-            results.append(slow_engine.generate("abc", LONG))
-        except BaseException as error:
-            results.append(error)
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    wait_until(lambda: slow_engine.stats()["num_requests_running"] == 4)
-    slow_engine.close()
-    for thread in threads:
-        thread.join(5)
-    assert [type(r) for r in results] == [EngineClosed] * 4
-    slow_engine.close()
-    with pytest.raises(EngineClosed):
-        slow_engine.generate("abc")
-    assert not slow_engine._dispatcher._thread.is_alive()
-
-
-async def test_close_ends_async_streams(slow_engine):
-    stream = slow_engine.astream("abc", LONG)
-    await anext(stream)
-    await asyncio.to_thread(slow_engine.close)
-    with pytest.raises(EngineClosed):
-        async for _ in stream:
-            pass
-
-
-def test_a_dropped_engine_is_closed(make_engine, folder):
-    engine = Engine(folder, tokenizer=fake_core.ByteTokenizer())
-    thread, core = engine._dispatcher._thread, engine._core
-    assert engine.generate("a").text == "A"
-    del engine
-    gc.collect()
-    thread.join(5)
-    assert not thread.is_alive()
-    assert core._closed
-
-
-def test_an_event_thread_that_fails_ends_the_requests(slow_engine, monkeypatch):
-    stream = slow_engine.stream("abc", LONG)
-    next(stream)
-    monkeypatch.setattr(slow_engine.core, "poll", lambda timeout: 1 / 0)
-    with pytest.raises(RuntimeError, match="event thread failed"):
-        list(stream)
-    with pytest.raises(EngineClosed):
-        slow_engine.generate("a")
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_use_after_fork_is_refused(engine):
-    read, write = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            engine.generate("a")
-            os.write(write, b"no error")
-        except RuntimeError as error:
-            os.write(write, str(error).encode())
-        finally:
-            os._exit(0)
-    os.waitpid(pid, 0)
-    assert b"before a fork" in os.read(read, 1000)
-    os.close(read)
-    os.close(write)
-    assert engine.generate("a").text == "A"
-
-
-SCRIPT = """
-import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a CI may start us with SIGINT ignored
-sys.path[:0] = [{tests!r}, {source!r}]
-import fake_core
-fake_core.install()
-fake_core.FakeEngine.step_seconds = 0.01
-from astrai_rs import Engine, SamplingParams
-engine = Engine({folder!r}, tokenizer=fake_core.ByteTokenizer())
-long = SamplingParams(max_tokens=100000, ignore_eos=True)
-"""
-
-
-def python(code: str, folder: Path, **options) -> subprocess.Popen:
-    import astrai_rs
-
-    tests, source = str(Path(__file__).parent), str(Path(astrai_rs.__file__).parent.parent)
-    script = SCRIPT.format(tests=tests, source=source, folder=str(folder)) + textwrap.dedent(code)
-    return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, **options)
-
-
-def test_ctrl_c_stops_generate(folder):
-    process = python(
-        """
-        print("ready", flush=True)
-        try:
-            engine.generate(["abc", "def"], long)
-        except KeyboardInterrupt:
-            print("interrupted", len(engine._core.aborts), engine.generate("ok").text)
-        """,
-        folder,
-    )
-    with process:
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(0.3)
-        process.send_signal(signal.SIGINT)
-        assert process.stdout.read() == "interrupted 2 OK\n"
-        assert process.wait(10) == 0
-
-
-@pytest.mark.parametrize(
-    "code", ["stream = engine.stream('a', long); next(stream)", "pass", "engine.close()"]
-)
-def test_the_interpreter_exits_with_an_open_engine(folder, code):
-    with python(code, folder) as process:
-        assert process.wait(10) == 0
-
-
-def test_progress(engine, capsys):
+def test_progress(glass, case, capsys):
     seen = []
-    engine.generate(["a", "b", "c"], progress=lambda done, total: seen.append((done, total)))
+    glass.generate(["a", "b", "c"], greedy(case), progress=lambda done, total: seen.append((done, total)))
     assert seen == [(1, 3), (2, 3), (3, 3)]
-    engine.generate(["a", "b"], progress=True)
+    glass.generate(["a", "b"], greedy(case), progress=True)
     assert "2/2 prompts" in capsys.readouterr().err
 
 
-def test_an_exception_in_a_progress_function_aborts(slow_engine):
+def test_an_exception_in_a_progress_function_aborts(endless):
     def report(done, total):
         raise KeyError("mine")
 
     with pytest.raises(KeyError) as caught:
-        slow_engine.generate(["a", "b"], [SamplingParams(max_tokens=1), LONG], progress=report)
-    assert slow_engine._dispatcher._routes == {}, "at once, though the exception holds the frames"
+        endless.generate(["a", "b"], [SamplingParams(max_tokens=1), LONG], progress=report)
     assert caught.value.args == ("mine",)
+    assert endless._dispatcher._routes == {}, "at once, though the exception holds the frames"
+    assert_idle(endless)
 
 
-def test_bad_words_are_encoded_with_and_without_space(engine):
-    engine.generate("abc", SamplingParams(bad_words=["xy"]))
-    assert engine.core.submitted[-1][1]["bad_words"] == [list(b"xy")]
+def test_a_refused_prompt_leaves_none_of_the_others(endless):
+    with pytest.raises(ValueError, match="temperature"):
+        endless.generate(["a", "b"], [LONG, SamplingParams(temperature=-1)])
+    with pytest.raises(ValueError, match="prompt"):
+        endless.generate([[1], []], LONG)
+    assert_idle(endless)
 
 
-def test_max_tokens_none_fills_the_context(engine):
-    engine.generate("abc", SamplingParams(max_tokens=None))
-    assert engine.core.submitted[-1][1]["max_tokens"] == 512 - 3
+def test_prefix_cache(glass):
+    prompt = [index % 1000 for index in range(40)]
+    glass.clear_prefix_cache()
+    few = SamplingParams(max_tokens=2)
+    assert [glass.generate(prompt, few).metrics.num_cached_tokens for _ in range(2)] == [0, 32]
+    glass.clear_prefix_cache()
+    wait_until(lambda: glass.stats()["kv_blocks_cached"] == 0)
+    assert glass.generate(prompt, few).metrics.num_cached_tokens == 0
 
 
-def test_stop_ids_reach_the_core(make_engine):
-    assert make_engine().core.options["eos_token_ids"] == [0]
+def test_stats(glass):
+    before = glass.stats()
+    glass.generate("Once upon a time", SamplingParams(max_tokens=7, ignore_eos=True))
+    after = glass.stats()
+    assert after["prompt_tokens_total"] == before["prompt_tokens_total"] + 6
+    assert after["generation_tokens_total"] == before["generation_tokens_total"] + 7
+    assert after["steps"] > before["steps"]
+    assert after["uptime_s"] > before["uptime_s"]
+    names = Engine.stats.__doc__.split(":")[1].replace(".", "").split(",")
+    assert {name.strip() for name in names} <= after.keys()
 
 
-def test_without_tokenizer(make_engine):
-    engine = make_engine(tokenizer=None)
-    assert engine.tokenizer is None
-    out = engine.generate([97, 98], SamplingParams(logprobs=0))
-    assert (out.text, out.token_ids) == ("", [65, 66, 0])
-    assert out.logprobs[0][65].decoded_token is None
-    for call in (
-        lambda: engine.generate("text"),
-        lambda: engine.generate([97], SamplingParams(stop="x")),
-        lambda: engine.generate([97], SamplingParams(bad_words=["x"])),
-        lambda: engine.chat([{"role": "user", "content": "x"}]),
-    ):
-        with pytest.raises(ValueError, match="tokenizer"):
-            call()
+def test_without_tokenizer(case):
+    with Engine(FIXTURES / "golden/llama") as engine:
+        assert engine.tokenizer is None
+        out = engine.generate([97, 98], SamplingParams(logprobs=0, max_tokens=3))
+        assert (out.text, len(out.token_ids)) == ("", 3)
+        assert out.logprobs[0][out.token_ids[0]].decoded_token is None
+        assert [piece.text for piece in engine.stream([97], SamplingParams(max_tokens=2))] == ["", ""]
 
 
-def test_chat(make_engine, fixtures):
+@pytest.mark.parametrize("given", ["path", "object"])
+def test_another_tokenizer(given, case):
     from astrai_rs import AutoTokenizer
 
-    engine = make_engine(tokenizer=AutoTokenizer.from_pretrained(fixtures / "tokenizers/glass-llama"))
-    engine.core.reply = lambda prompt, sample: prompt[:2]
-    out = engine.chat([{"role": "user", "content": "Once upon"}], SamplingParams(max_tokens=4))
-    assert out.prompt_token_ids == engine.tokenizer.encode("Once upon ")
-    both = engine.chat([[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]])
-    assert [o.prompt_token_ids for o in both] == [
-        engine.tokenizer.encode("a "),
-        engine.tokenizer.encode("b "),
-    ]
-    with pytest.raises(ValueError, match="empty"):
-        engine.chat([])
+    tokenizer = GLASS if given == "path" else AutoTokenizer.from_pretrained(GLASS)
+    with Engine(GLASS, tokenizer=tokenizer, dtype="float32") as engine:
+        assert engine.generate(case["prompt"], greedy(case)).text == case["text"]
 
 
-def test_repr(engine):
-    assert "open" in repr(engine)
-    engine.close()
+def test_chat(glass, case):
+    content = [{"role": "user", "content": case["prompt"]}]
+    few = SamplingParams(max_tokens=4)
+    assert glass.chat(content, few).prompt_token_ids == glass.tokenizer.encode(case["prompt"] + " ")
+    both = glass.chat([[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]], few)
+    assert [out.prompt_token_ids for out in both] == [glass.tokenizer.encode(t) for t in ("a ", "b ")]
+    template = "{{ messages[0].content }}{% if tools %} {{ tools[0].name }}{% endif %}{{ mood }}"
+    options = {"chat_template": template, "chat_template_kwargs": {"mood": " glad"}, "tools": [{"name": "f"}]}
+    assert glass.chat(content, few, **options).prompt_token_ids == glass.tokenizer.encode(
+        case["prompt"] + " f glad"
+    )
+    answer = [*content, {"role": "assistant", "content": "the"}]
+    template = "{% for m in messages %}<{{ m.content }}>{% endfor %}{% if add_generation_prompt %}!{% endif %}"
+    for options, text in (
+        ({"continue_final_message": True}, f"<{case['prompt']}><the"),
+        ({"add_generation_prompt": False}, f"<{case['prompt']}><the>"),
+        ({}, f"<{case['prompt']}><the>!"),
+    ):
+        out = glass.chat(answer, few, chat_template=template, **options)
+        assert out.prompt_token_ids == glass.tokenizer.encode(text)
+
+
+def test_stop_ids_are_the_union_of_all_files(tmp_path, case):
+    for file in GLASS.iterdir():
+        shutil.copyfile(file, tmp_path / file.name)
+    config = json.loads((tmp_path / "generation_config.json").read_text())
+    config["eos_token_id"] = [case["greedy_ids"][2], EOS]
+    (tmp_path / "generation_config.json").write_text(json.dumps(config))
+    with Engine(tmp_path, dtype="float32") as engine:
+        out = engine.generate(case["prompt"], greedy(case))
+    assert (out.token_ids, out.finish_reason) == (case["greedy_ids"][:3], "stop")
+
+
+def test_properties_and_repr():
+    with Engine(GLASS, dtype="float32", num_threads=1, kv_cache_tokens=256, max_model_len=64) as engine:
+        assert (engine.vocab_size, engine.max_model_len, engine.num_threads) == (1024, 64, 1)
+        assert (engine.device, engine.dtype, engine.kv_cache_tokens) == ("cpu", "float32", 256)
+        assert repr(engine) == "<astrai_rs.Engine cpu float32 max_model_len=64 open>"
     assert "closed" in repr(engine)
