@@ -127,7 +127,9 @@ class InferenceEngine:
         """
         refuse_changed(abort_on_exception=(abort_on_exception, True))
         params = _params(max_tokens, temperature, top_p, top_k, frequency_penalty)
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not isinstance(prompt, (str, list, tuple)):
+            raise TypeError(f"prompt must be a string or a list of strings, not {type(prompt).__name__}")
+        prompts = [prompt] if isinstance(prompt, str) else prompt
         if params is None:
             pairs: Iterator[tuple[int, str]] = iter(())
             texts = [""] * len(prompts)
@@ -208,6 +210,8 @@ class InferenceEngine:
         """The request for the end of the prompt that leaves room for a token; max_tokens fill that room."""
         if not isinstance(text, str):
             raise TypeError(f"prompt must be a string or a list of strings, not {type(text).__name__}")
+        if check_int("rep_window", rep_window) < 0:
+            raise ValueError(f"rep_window must be at least 0; given: {rep_window}")
         limit = self._engine.max_model_len
         ids = self._engine._prompt_ids(text)[-(limit - 1) :]
         room = limit - len(ids)
@@ -215,8 +219,10 @@ class InferenceEngine:
         return self._engine._request(ids, params, frequency_window=rep_window)
 
     def _stream(self, prepared: list[Prepared]) -> Iterator[tuple[int, str]]:
-        """`(index, piece)`, interleaved as they come."""
-        group = RequestGroup(self._engine._dispatcher, prepared)
+        """Submit now; `(index, piece)`, interleaved as they come. Dropping the iterator aborts."""
+        return self._pieces(RequestGroup(self._engine._dispatcher, prepared), prepared)
+
+    def _pieces(self, group: RequestGroup, prepared: list[Prepared]) -> Iterator[tuple[int, str]]:
         try:
             for index, chunk in group:
                 if chunk.text:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import hypothesis
@@ -86,11 +87,16 @@ def assert_idle(engine: Engine) -> None:
     assert len(engine.generate("Once", astrai_rs.SamplingParams(max_tokens=3, ignore_eos=True)).token_ids) == 3
 
 
-def python(*arguments: str, **options) -> subprocess.Popen[str]:
-    """A Python process that finds this astrai_rs; its stdout and stderr are read as text."""
+@contextmanager
+def python(*arguments: str, **options) -> Iterator[subprocess.Popen[str]]:
+    """A Python process that finds this astrai_rs; its streams are text. Killed at the end if it still runs."""
     environment = os.environ | {"PYTHONPATH": str(Path(astrai_rs.__file__).parent.parent)}
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-    return subprocess.Popen([sys.executable, *arguments], text=True, env=environment, **options)
+    with subprocess.Popen([sys.executable, *arguments], text=True, env=environment, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 INTERRUPTIBLE = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"

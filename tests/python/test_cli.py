@@ -1,103 +1,143 @@
-"""The command line over the fake core."""
+"""The command line with the story model and the embedded one."""
 
 from __future__ import annotations
 
 import json
 import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 
-import astrai_rs
+from astrai_rs import AutoTokenizer, Engine, SamplingParams
+from conftest import FIXTURES, GLASS, INTERRUPTIBLE, LIMIT, python
 
-PROGRAM = """
-import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a CI may start us with SIGINT ignored
-sys.path[:0] = [{tests!r}, {source!r}]
-import fake_core
-fake_core.install()
-fake_core.FakeEngine.step_seconds = {step}
-from astrai_rs import engine
-engine._load_tokenizer = lambda path, tokenizer: fake_core.ByteTokenizer()
-if {template}:
-    fake_core.ByteTokenizer.chat_template = "x"
-    fake_core.ByteTokenizer.apply_chat_template = lambda self, messages: self.encode(messages[-1]["content"])
-sys.argv = ["astrai-rs", *sys.argv[1:]]
-from astrai_rs.cli import main
-main()
-"""
+EXACT = ("--dtype", "float32")
+START = INTERRUPTIBLE + "import runpy, sys; sys.argv[0] = 'astrai-rs'; runpy.run_module('astrai_rs', {}, '__main__')"
 
 
-@pytest.fixture
-def start(folder):
-    def run(*arguments, step=0.0, template=False, model=True):
-        tests, source = str(Path(__file__).parent), str(Path(astrai_rs.__file__).parent.parent)
-        code = PROGRAM.format(tests=tests, source=source, step=step, template=template)
-        if model:
-            arguments = (*arguments, "--model", str(folder))
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen([sys.executable, "-c", code, *arguments], text=True, **pipes)
+def start(*arguments, model=GLASS):
+    if model is not None:
+        arguments = (*arguments, "--model", str(model))
+    return python("-c", START, *map(str, arguments), stdin=subprocess.PIPE)
 
-    return run
+
+def run(*arguments, input="", **options):
+    with start(*arguments, **options) as process:
+        out, err = process.communicate(input, timeout=LIMIT)
+    return process.returncode, out, err
+
+
+def read_until(stream, text):
+    assert any(text in line for line in iter(stream.readline, "")), f"ended without {text!r}"
 
 
 @pytest.fixture
-def run(start):
-    def finish(*arguments, input="", **options):
-        with start(*arguments, **options) as process:
-            out, err = process.communicate(input, timeout=30)
-        return process.returncode, out, err
-
-    return finish
+def case(cases):
+    return cases[0]
 
 
-def test_run(run):
-    code, out, err = run("run", "hello")
-    assert (code, out) == (0, "HELLO\n")
-    assert "6 tokens" in err
-    assert "tokens/s" in err
-    assert "first token after" in err
+def test_run(case):
+    code, out, err = run("run", case["prompt"], "--raw", "-n", 40, *EXACT)
+    assert (code, out) == (0, case["text"] + "\n")
+    for part in ("40 tokens", "tokens/s", "first token after"):
+        assert part in err
 
 
-def test_run_from_stdin(run):
-    assert run("run", input="from stdin")[:2] == (0, "FROM STDIN\n")
+def test_run_uses_the_chat_template(case):
+    """The story model's template puts a space after each message."""
+    with Engine(GLASS, dtype="float32") as engine:
+        greedy = SamplingParams(temperature=0, max_tokens=8)
+        expected = engine.generate(f"Be good. {case['prompt']} ", greedy).text
+    assert run("run", case["prompt"], "--system", "Be good.", "-n", 8, *EXACT)[:2] == (0, expected + "\n")
 
 
-def test_json(run):
-    code, out, _ = run("run", "hello", "--json", "-n", "3")
+def test_run_from_stdin(case):
+    arguments = ("run", "--raw", "-n", 40, *EXACT)
+    assert run(*arguments, input=case["prompt"])[:2] == (0, case["text"] + "\n")
+
+
+def test_run_samples_with_a_seed(case):
+    arguments = ("run", case["prompt"], "-n", 20, "-t", 1, "--top-p", 0.9, "--top-k", 30, "--seed", 7)
+    assert run(*arguments)[:2] == run(*arguments)[:2] != run(*arguments[:-1], 8)[:2]
+
+
+def test_json(case):
+    code, out, _ = run("run", case["prompt"], "--raw", "--json", "-n", 40, *EXACT)
     answer = json.loads(out)
     assert code == 0
-    assert (answer["text"], answer["finish_reason"], answer["num_tokens"]) == ("HEL", "length", 3)
+    assert (answer["text"], answer["finish_reason"], answer["num_tokens"]) == (case["text"], "length", 40)
+    assert answer["time_to_first_token_s"] > 0
+    assert answer["tokens_per_s"] > 0
 
 
-def test_jsonl(run, tmp_path):
-    lines = tmp_path / "in.jsonl"
-    lines.write_text('{"prompt": "abc", "id": 7}\n\n{"prompt": "defg", "max_tokens": 2, "stop": "x"}\n')
-    code, out, err = run("run", "--input", str(lines), "--output", str(tmp_path / "out.jsonl"))
-    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+def test_the_embedded_model_answers():
+    case = json.loads((FIXTURES / "golden/smollm2-135m/golden.json").read_text(encoding="utf-8"))[0]
+    (message,) = case["messages"][-1:]
+    system = [m["content"] for m in case["messages"][:-1]]
+    arguments = ("--system", *system) if system else ()
+    count = len(case["greedy_ids"])
+    code, out, _ = run("run", message["content"], *arguments, "-n", count, *EXACT, model=None)
+    assert (code, out) == (0, case["text"] + "\n")
+
+
+def test_jsonl(cases, tmp_path):
+    first, second = cases[0], cases[1]
+    stop = first["text"][10:16]
+    rows = [
+        {"prompt": first["prompt"], "id": 7},
+        {"prompt": second["prompt"], "max_tokens": 2},
+        {"prompt": first["prompt"], "stop": stop, "n": 2},
+    ]
+    lines, answers = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines.write_text("\ufeff" + "\n\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    options = ("--raw", "-n", 40, *EXACT)
+    code, out, err = run("run", "--input", lines, "--output", answers, *options)
     assert (code, out) == (0, "")
-    assert [(row["text"], row["finish_reason"]) for row in rows] == [("ABC", "stop"), ("DE", "length")]
-    assert rows[0]["id"] == 7
-    assert "2 prompts" in err
-    assert run("run", "--input", str(lines))[1].count("\n") == 2
+    assert "3 prompts" in err
+    got = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
+    assert [row["id"] for row in got if "id" in row] == [7]
+    assert [(row["text"], row["finish_reason"]) for row in got] == [
+        (first["text"], "length"),
+        (AutoTokenizer.from_pretrained(GLASS).decode(second["greedy_ids"][:2]), "length"),
+        (first["text"][: first["text"].index(stop)], "stop"),
+    ]
+    assert [sample["text"] for sample in got[2]["outputs"]] == [got[2]["text"]] * 2
+    assert run("run", "--input", lines, *options)[1] == answers.read_text(encoding="utf-8")
+
+
+def test_jsonl_of_messages(case, tmp_path):
+    (tmp_path / "in.jsonl").write_text(
+        json.dumps({"messages": [{"role": "user", "content": case["prompt"]}], "max_tokens": 3})
+    )
+    code, out, _ = run("run", "--input", tmp_path / "in.jsonl")
+    assert (code, json.loads(out)["num_tokens"]) == (0, 3)
+    code, _, err = run("run", "--input", tmp_path / "in.jsonl", "--raw")
+    assert (code, err) == (
+        1,
+        "astrai-rs: error: messages need a chat template, and --raw is given or the model has none\n",
+    )
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("{", "in.jsonl:1: not valid JSON"),
-        ("[1]", 'either "prompt" or "messages"'),
+        ("[1]", 'each line must be an object with either "prompt" or "messages"'),
+        ("{}", 'either "prompt" or "messages"'),
         ('{"prompt": "a", "messages": []}', 'either "prompt" or "messages"'),
-        ('{"prompt": "a", "colour": 1}', "unknown fields: colour"),
+        ('{"prompt": 3}', 'in.jsonl:1: "prompt" must be a string; given: 3'),
+        ('{"messages": []}', 'in.jsonl:1: "messages" must be a list of messages; given: []'),
+        ('{"prompt": "a"}\n{"prompt": "a", "colour": 1}', "in.jsonl:2: unknown fields: colour"),
+        ('{"prompt": "a", "logprobs": 1}', "in.jsonl:1: unknown fields: logprobs"),
         ('{"prompt": "a", "top_k": "x"}', "in.jsonl:1: top_k must be an int"),
+        ('{"prompt": "a", "structured_outputs": {}}', "in.jsonl:1: structured_outputs is not supported"),
+        ('{"prompt": "a", "top_p": 2}', "top_p must be above 0 and at most 1; given: 2"),
     ],
 )
-def test_bad_jsonl(run, tmp_path, line, message):
+def test_bad_jsonl(tmp_path, line, message):
     (tmp_path / "in.jsonl").write_text(line)
-    code, _, err = run("run", "--input", str(tmp_path / "in.jsonl"))
-    assert code == 2
+    code, out, err = run("run", "--input", tmp_path / "in.jsonl")
+    assert code in (1, 2)
+    assert out == ""
     assert message in err
     assert "Traceback" not in err
 
@@ -105,73 +145,149 @@ def test_bad_jsonl(run, tmp_path, line, message):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("run", "a", "-t", "-1"), 1, "astrai-rs: error: temperature must be at least 0"),
+        (("run", "a", "-t", "-1"), 1, "temperature must be a finite number of at least 0; given: -1"),
+        (("run", "a", "--top-p", "0"), 1, "top_p must be above 0 and at most 1; given: 0"),
+        (("run", "a", "--top-k", "-2"), 1, "top_k must be at least 1, or 0 or -1 for all ids; given: -2"),
+        (("run", "a", "--seed", "-2"), 1, "seed must be between 0 and 18446744073709551615"),
+        (("run", "a", "--max-tokens", "0"), 1, "max_tokens must be at least 1; given: 0"),
+        (("run", "a", "--max-tokens", "x"), 2, "max-tokens"),
+        (("run", "a", "--device", "cuda"), 1, 'device "cuda": this build has no CUDA'),
+        (("run", "a", "--device", "tpu"), 1, "device must be one of auto, cpu, cuda"),
+        (("run", "a", "--dtype", "int3"), 1, "dtype must be one of auto, float32, bfloat16, float16"),
+        (("run", "a", "--threads", "0"), 1, "num_threads must be at least 1; given: 0"),
+        (("run", "a", "--max-model-len", "129"), 1, "max_model_len must be at most 128"),
+        (("run", "word " * 200), 1, "tokens"),
         (("run", "a", "--input", "x"), 2, "give a prompt or --input, not both"),
         (("run", "--input", "/no/such"), 2, "/no/such: no such file"),
-        (("run", "a", "--max-tokens", "x"), 2, "max-tokens"),
+        (("run", "--input", GLASS / "golden.json", "--json"), 2, "--json and --system are for one prompt"),
+        (("run", "--input", GLASS / "golden.json", "--system", "x"), 2, "--json and --system are for one"),
+        (("run",), 2, "the prompt on stdin is empty"),
         (("run", "a", "--nothing"), 2, "--nothing"),
-        (("chat",), 1, "no chat template"),
+        (("walk",), 2, "walk"),
     ],
+    ids=str,
 )
-def test_errors_are_one_line(run, arguments, code, message):
-    got, _, err = run(*arguments)
-    assert got == code
+def test_errors_are_one_line(arguments, code, message):
+    got, out, err = run(*arguments)
+    assert (got, out) == (code, "")
     assert message in err
+    assert "Traceback" not in err
+    if not err.startswith("Usage"):
+        assert err.startswith("astrai-rs: error: ")
+        assert err.count("\n") == 1
+
+
+def test_output_that_cannot_be_written(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}')
+    code, _, err = run("run", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "no" / "such")
+    assert code == 1
+    assert "no/such" in err
     assert "Traceback" not in err
 
 
-def test_missing_model(run):
-    code, _, err = run("run", "a", "--model", "/no/such", model=False)
-    assert code == 1
-    assert err == "astrai-rs: error: /no/such: no such file or folder\n"
+@pytest.mark.parametrize("model", ["/no/such", ""])
+def test_missing_model(model):
+    code, _, err = run("run", "a", model=model)
+    assert code in (1, 2)
+    assert err in (
+        "astrai-rs: error: /no/such: no such file or folder\n",
+        "astrai-rs: error: no --model given, and no embedded one: pip install 'astrai_rs[demo]'\n",
+    )
 
 
-def test_ctrl_c_ends_run(start):
-    with start("run", "a" * 400, step=0.02) as process:
-        assert process.stdout.read(2) == "AA"
+def test_chat_needs_a_template(tmp_path):
+    code, out, err = run("chat", model=FIXTURES / "golden/llama")
+    assert (code, out) == (1, "")
+    assert err == "astrai-rs: error: the model has no chat template; use: astrai-rs run --raw\n"
+
+
+def test_ctrl_c_ends_run(endless_folder):
+    with start("run", "Once", "-n", 30_000, model=endless_folder) as process:
+        assert process.stdout.read(2)
         process.send_signal(2)
-        process.communicate(timeout=10)
+        _, err = process.communicate(timeout=LIMIT)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+
+
+def test_a_reader_that_leaves_ends_run(endless_folder):
+    with start("run", "Once", "-n", 30_000, model=endless_folder) as process:
+        assert process.stdout.read(2)
+        process.stdout.close()
+        assert process.wait(LIMIT) == 1
+        assert process.stderr.read() == ""
+
+
+def test_chat():
+    """The history grows, /new forgets it, /system goes first."""
+    typed = "Once upon\nThe queen said\n/new\nOnce upon\n/system The king\nThe end\n/help\n\n/exit\nnot read\n"
+    code, out, err = run("chat", "-t", 0, "-n", 8, *EXACT, input=typed)
+    with Engine(GLASS, dtype="float32") as engine:
+        greedy = SamplingParams(temperature=0, max_tokens=8)
+
+        def answer(*said):
+            return engine.generate("".join(f"{text} " for text in said), greedy).text
+
+        first = answer("Once upon")
+        second = answer("Once upon", first, "The queen said")
+        third = answer("The king", "Once upon", first, "The end")
+    assert (code, out) == (0, f"{first}\n{second}\n{first}\n{third}\n")
+    assert err.count("/new starts over") == 2
+    assert err.count("[8 tokens") == 4
+
+
+def test_chat_goes_on_after_an_error():
+    typed = "word " * 200 + "\n/new\nOnce upon\n"
+    code, out, err = run("chat", "-t", 0, "-n", 8, *EXACT, input=typed)
+    assert code == 0
+    assert err.count("error: ") == 1
+    assert out.count("\n") >= 1
+    assert "[8 tokens" in err
+
+
+def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(endless_folder):
+    with start("chat", "-n", 20_000, model=endless_folder) as process:
+        process.stdin.write("Once upon a time\n")
+        process.stdin.flush()
+        assert process.stdout.read(2)
+        process.send_signal(2)
+        read_until(process.stdout, " …\n")  # after what it had said
+        process.stdin.write("/exit\n")
+        _, err = process.communicate(timeout=LIMIT)
+    assert process.returncode == 0
+    assert "Traceback" not in err
+
+
+def test_ctrl_c_while_waiting_leaves_the_chat():
+    with start("chat", "-t", 0, "-n", 4) as process:
+        process.stdin.write("Once\n")
+        process.stdin.flush()
+        assert process.stdout.read(1)
+        read_until(process.stderr, "tokens")
+        process.send_signal(2)
+        process.communicate(timeout=LIMIT)
     assert process.returncode == 130
 
 
-def test_chat(run):
-    code, out, err = run("chat", input="hello\n/new\n/help\n\nbye\n/exit\nnot read\n", template=True)
-    assert (code, out) == (0, "HELLO\nBYE\n")
-    assert err.count("/new starts over") == 2
-
-
-def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(start):
-    with start("chat", step=0.02, template=True) as process:
-        process.stdin.write("a" * 400 + "\nnext\n")
-        process.stdin.flush()
-        assert process.stdout.read(2) == "AA"
-        process.send_signal(2)
-        out, _ = process.communicate(timeout=20)
-    assert out.endswith(" …\nNEXT\n")
-    assert len(out) < 300
-    assert process.returncode == 0
-
-
-def test_doctor(run):
-    code, out, _ = run("doctor", model=False)
+def test_doctor():
+    code, out, _ = run("doctor", model=None)
     assert code == 0
-    for name in ("astrai_rs", "tier", "num_threads", "cuda", "python", "tokenizers", "embedded model"):
-        assert any(line.startswith(name) for line in out.splitlines()), name
+    rows = dict(line.split(maxsplit=1) for line in out.splitlines())
+    for name in ("astrai_rs", "tier", "num_threads", "cuda", "python", "tokenizers", "typer", "embedded"):
+        assert rows[name], name
 
 
-def test_help_is_quick(run):
-    run("--help", model=False)
-    start = time.monotonic()
-    code, out, _ = run("--help", model=False)
-    assert code == 0
+def test_help_without_loading_the_core():
+    program = START.replace("runpy.run", "sys.modules['astrai_rs._core'] = None; runpy.run")
+    with python("-c", program, "--help") as process:
+        out, err = process.communicate(timeout=LIMIT)
+    assert (process.returncode, err) == (0, "")
     for name in ("run", "chat", "doctor"):
         assert name in out
-    assert time.monotonic() - start < 1.0, "0.2 s on a quiet machine"
 
 
-def test_without_the_extra(folder):
-    source = str(Path(astrai_rs.__file__).parent.parent)
-    code = f"import sys; sys.path.insert(0, {source!r}); sys.modules['typer'] = None; import astrai_rs.cli"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr == "astrai-rs: the command line needs: pip install 'astrai_rs[cli]'\n"
+def test_without_the_extra():
+    with python("-c", "import sys; sys.modules['typer'] = None; import astrai_rs.cli") as process:
+        _, err = process.communicate(timeout=LIMIT)
+    assert process.returncode == 1
+    assert err == "astrai-rs: the command line needs: pip install 'astrai_rs[cli]'\n"

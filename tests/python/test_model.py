@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import astrai_rs
 from astrai_rs.model import AutoModel, Transformer, resolve
+from conftest import LIMIT, python
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    return tmp_path
 
 
 def test_local_paths(folder, tmp_path):
@@ -100,16 +105,8 @@ def test_offline(hub):
 def test_importing_is_cheap():
     heavy = ("jinja2", "tokenizers", "huggingface_hub", "asyncio")
     code = f"import sys, astrai_rs; print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=_env()
-    )
-    assert done.stdout == "[]\n"
-
-
-def _env():
-    import os
-
-    return os.environ | {"PYTHONPATH": str(Path(astrai_rs.__file__).parent.parent)}
+    with python("-c", code) as process:
+        assert process.communicate(timeout=LIMIT) == ("[]\n", "")
 
 
 def test_public_names():
