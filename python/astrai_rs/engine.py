@@ -14,7 +14,7 @@ from astrai_rs import _core
 from astrai_rs.dispatch import Dispatcher
 from astrai_rs.model import resolve
 from astrai_rs.output import Request
-from astrai_rs.request import GenerationOutput, SamplingParams, check_ids, core_arguments
+from astrai_rs.request import GenerationOutput, SamplingParams, check_bool, check_ids, core_arguments
 from astrai_rs.stream import AsyncTokenStream, Prepared, RequestGroup, TokenStream
 from astrai_rs.tokenizer import AutoTokenizer
 
@@ -159,6 +159,10 @@ class Engine:
         self._dispatcher.check_process()
         if self._codec is None:
             raise ValueError("chat needs a tokenizer with a chat template, and this model has none")
+        if chat_template_kwargs is not None and not isinstance(chat_template_kwargs, Mapping):
+            kind = type(chat_template_kwargs).__name__
+            raise TypeError(f"chat_template_kwargs must be a mapping, not {kind} {chat_template_kwargs!r}")
+        check_bool("add_generation_prompt", add_generation_prompt)
         options: dict[str, Any] = {
             "add_generation_prompt": add_generation_prompt and not continue_final_message
         }
@@ -420,6 +424,10 @@ def _params(params: Any) -> SamplingParams:
 def _reporter(progress: Progress) -> Callable[[int, int], None]:
     if callable(progress):
         return progress
+    if not isinstance(progress, bool):
+        raise TypeError(
+            f"progress must be True, False or a function, not {type(progress).__name__} {progress!r}"
+        )
     if not progress:
         return lambda done, total: None
     start = time.monotonic()

@@ -166,6 +166,8 @@ class AutoModel:
             config = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{file}: not valid JSON: {error}") from error
+        if not isinstance(config, dict):
+            raise ValueError(f"{file}: expected a JSON object, got {type(config).__name__}")  # noqa: TRY004  a file's fault
         model_type = str(config.get("model_type") or "transformer").lower()
         model_class: type[AutoModel] = AutoModel._registry.get(model_type, AutoModel)
         return model_class(found, config)

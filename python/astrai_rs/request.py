@@ -96,6 +96,8 @@ class SamplingParams:
         object.__setattr__(self, name, value)  # frozen for everyone else
 
 
+_I64 = range(-(2**63), 2**63)
+
 _FLOATS = ("presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "min_p")
 
 
@@ -225,7 +227,11 @@ def check_ids(name: str, value: object) -> list[int]:
     items = list(value)
     for item in items:
         if type(item) is not int:  # the plain case costs one comparison per id
-            return [check_int(f"{name}: each id", item) for item in items]
+            items = [check_int(f"{name}: each id", item) for item in items]
+            break
+    for item in (min(items), max(items)) if items else ():
+        if not _I64.start <= item < _I64.stop:  # the core names its own range, but cannot take these
+            raise ValueError(f"{name}: {item} is not a token id")
     return items
 
 

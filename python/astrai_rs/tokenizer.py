@@ -75,12 +75,16 @@ class AutoTokenizer:
         from astrai_rs import _core
 
         metadata = _core.gguf_metadata(str(path))
+        try:
+            backend = gguf_tokenizer.build(metadata)
+        except (ValueError, NotImplementedError) as error:
+            raise type(error)(f"{path}: {error}") from error
         templates = {"default": metadata.get("tokenizer.chat_template")}
         for name in metadata.get("tokenizer.chat_templates", ()):
             templates[name] = metadata.get(f"tokenizer.chat_template.{name}")
         found = {name: text for name, text in templates.items() if text}
         return cls(
-            gguf_tokenizer.build(metadata),
+            backend,
             special_tokens=gguf_tokenizer.special_tokens(metadata),
             stop_ids=gguf_tokenizer.stop_ids(metadata),
             chat_template=_single(found),
@@ -234,6 +238,8 @@ class AutoTokenizer:
         batch = bool(messages) and isinstance(messages[0], (list, tuple))
         texts = []
         for conversation in messages if batch else [messages]:
+            if isinstance(conversation, (str, Mapping)):  # unpacking would hide what it is
+                raise TypeError(f"messages must be a list of dicts, not {type(conversation).__name__}")
             first = [{"role": "system", "content": system_prompt}] if system_prompt else []
             texts.append(
                 template.render(
@@ -346,9 +352,12 @@ def _add_missing(
     """Tokens that tokenizer_config.json adds to tokenizer.json, and special tokens that it only names."""
     from tokenizers import AddedToken
 
-    for number, entry in sorted(
-        config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])
-    ):
+    decoder = config.get("added_tokens_decoder", {})
+    if not _maps_ids_to_tokens(decoder):
+        raise ValueError(
+            f"tokenizer_config.json: added_tokens_decoder must map ids to tokens; given: {decoder!r:.100}"
+        )
+    for number, entry in sorted(decoder.items(), key=lambda item: int(item[0])):
         content = entry["content"]
         if backend.token_to_id(content) is not None:
             continue
@@ -367,6 +376,13 @@ def _add_missing(
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in named])
 
 
+def _maps_ids_to_tokens(decoder: object) -> bool:
+    return isinstance(decoder, dict) and all(
+        number.isdigit() and isinstance(entry, dict) and isinstance(entry.get("content"), str)
+        for number, entry in decoder.items()
+    )
+
+
 def _stop_ids(
     folder: Path, backend: tokenizers.Tokenizer, config: Mapping[str, Any], special: Mapping[str, str]
 ) -> list[int]:
@@ -376,7 +392,10 @@ def _stop_ids(
     with.
     """
     model = _read_json(folder / "config.json")
-    sources = (model, model.get("text_config") or {}, _read_json(folder / "generation_config.json"))
+    inner = model.get("text_config") or {}
+    if not isinstance(inner, dict):
+        raise ValueError(f"{folder / 'config.json'}: text_config must be an object; given: {inner!r:.100}")  # noqa: TRY004
+    sources = (model, inner, _read_json(folder / "generation_config.json"))
     ids = [source.get("eos_token_id") for source in sources]
     names = [name for name in special if name == "eos_token" or (_is_astrai(config) and _ends(name))]
     ids += [backend.token_to_id(special[name]) for name in names]
@@ -396,9 +415,15 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | dict[str, s
     if found:
         return _single(found)
     source = config.get("chat_template") or _read_json(folder / "chat_template.json").get("chat_template")
-    if isinstance(source, list):
-        return {entry["name"]: entry["template"] for entry in source}
-    return source
+    if source is None or isinstance(source, str):
+        return source
+    entries = source if isinstance(source, list) else [source]
+    if not all(isinstance(e, dict) and isinstance(e.get("template"), str) and "name" in e for e in entries):
+        raise ValueError(
+            f"{folder / 'tokenizer_config.json'}: chat_template must be a string or a list of named "
+            f"templates; given: {source!r:.100}"
+        )
+    return {str(entry["name"]): entry["template"] for entry in entries}
 
 
 def _single(found: dict[str, str]) -> str | dict[str, str] | None:

@@ -84,12 +84,14 @@ def assert_idle(engine: Engine) -> None:
     """Nothing is held or queued in the core, nothing is routed in Python, and the engine answers."""
     wait_until(lambda: not any(engine.stats()[name] for name in GAUGES))
     assert engine._dispatcher._routes == {}
-    assert len(engine.generate("Once", astrai_rs.SamplingParams(max_tokens=3, ignore_eos=True)).token_ids) == 3
+    assert (
+        len(engine.generate("Once", astrai_rs.SamplingParams(max_tokens=3, ignore_eos=True)).token_ids) == 3
+    )
 
 
 @contextmanager
 def python(*arguments: str, **options) -> Iterator[subprocess.Popen[str]]:
-    """A Python process that finds this astrai_rs; its streams are text. Killed at the end if it still runs."""
+    """A Python process that finds this astrai_rs; its streams are text. Killed at the end."""
     environment = os.environ | {"PYTHONPATH": str(Path(astrai_rs.__file__).parent.parent)}
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
     with subprocess.Popen([sys.executable, *arguments], text=True, env=environment, **options) as process:

@@ -1,4 +1,4 @@
-"""A core whose events a test writes itself: for failures and orders that the real one cannot be made to show."""
+"""A core whose events a test writes: for failures and orders that the real one cannot be made to show."""
 
 from __future__ import annotations
 
@@ -79,4 +79,6 @@ class ByteTokenizer:
 
     def decode(self, ids, skip_special_tokens: bool = True) -> str:
         skip = {0} if skip_special_tokens else set()
-        return b"".join(b"</s>" if i == 0 else bytes([i]) for i in ids if i not in skip).decode(errors="replace")
+        return b"".join(b"</s>" if i == 0 else bytes([i]) for i in ids if i not in skip).decode(
+            errors="replace"
+        )

@@ -11,7 +11,10 @@ from astrai_rs import AutoTokenizer, Engine, SamplingParams
 from conftest import FIXTURES, GLASS, INTERRUPTIBLE, LIMIT, python
 
 EXACT = ("--dtype", "float32")
-START = INTERRUPTIBLE + "import runpy, sys; sys.argv[0] = 'astrai-rs'; runpy.run_module('astrai_rs', {}, '__main__')"
+START = (
+    INTERRUPTIBLE
+    + "import runpy, sys; sys.argv[0] = 'astrai-rs'; runpy.run_module('astrai_rs', {}, '__main__')"
+)
 
 
 def start(*arguments, model=GLASS):
@@ -220,7 +223,9 @@ def test_a_reader_that_leaves_ends_run(endless_folder):
 
 def test_chat():
     """The history grows, /new forgets it, /system goes first."""
-    typed = "Once upon\nThe queen said\n/new\nOnce upon\n/system The king\nThe end\n/help\n\n/exit\nnot read\n"
+    typed = (
+        "Once upon\nThe queen said\n/new\nOnce upon\n/system The king\nThe end\n/help\n\n/exit\nnot read\n"
+    )
     code, out, err = run("chat", "-t", 0, "-n", 8, *EXACT, input=typed)
     with Engine(GLASS, dtype="float32") as engine:
         greedy = SamplingParams(temperature=0, max_tokens=8)

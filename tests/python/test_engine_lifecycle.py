@@ -1,4 +1,4 @@
-"""Real engines under rough use: aborts, dropped iterators, closing, Ctrl-C, threads, asyncio, forks, exits."""
+"""Real engines under rough use: aborts, dropped iterators, closing, Ctrl-C, threads, asyncio, forks."""
 
 import asyncio
 import gc
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from astrai_rs import Engine, EngineClosed, SamplingParams
+from astrai_rs.stream import AsyncTokenStream
 from conftest import ENDLESS_TOKENS, INTERRUPTIBLE, LIMIT, assert_idle, python, wait_until
 from reference import GOLDEN
 
@@ -214,13 +215,13 @@ async def test_ending_an_async_stream_aborts_its_request(endless: Engine, how: s
     stream = endless.astream("abc", ENDLESS)
     await anext(stream)
 
-    async def consume() -> None:
+    async def consume(stream: AsyncTokenStream) -> None:
         async for _ in stream:
             if how == "exception":
                 raise ZeroDivisionError
 
     if how == "cancel":
-        task = asyncio.create_task(consume())
+        task = asyncio.create_task(consume(stream))
         await asyncio.sleep(0.02)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -236,8 +237,8 @@ async def test_ending_an_async_stream_aborts_its_request(endless: Engine, how: s
             await anext(stream)
     elif how == "exception":
         with pytest.raises(ZeroDivisionError):
-            await consume()
-    del stream, consume
+            await consume(stream)
+    del stream
     gc.collect()
     await asyncio.to_thread(assert_idle, endless)
 

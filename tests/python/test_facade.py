@@ -237,7 +237,9 @@ def test_chat(glass, case):
         case["prompt"] + " f glad"
     )
     answer = [*content, {"role": "assistant", "content": "the"}]
-    template = "{% for m in messages %}<{{ m.content }}>{% endfor %}{% if add_generation_prompt %}!{% endif %}"
+    template = (
+        "{% for m in messages %}<{{ m.content }}>{% endfor %}{% if add_generation_prompt %}!{% endif %}"
+    )
     for options, text in (
         ({"continue_final_message": True}, f"<{case['prompt']}><the"),
         ({"add_generation_prompt": False}, f"<{case['prompt']}><the>"),
