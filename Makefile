@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CARGO_TEST := $(shell cargo nextest --version >/dev/null 2>&1 && echo nextest run || echo test)
-PROMPT ?= What is the capital of France?
+PROMPT ?= Why is the sky blue?
 
 .DEFAULT_GOAL := help
 .PHONY: help run test test-rust test-python lint fmt bench wheel develop clean
