@@ -33,7 +33,7 @@ Model = Annotated[
     str | None, typer.Option("--model", "-m", help="Folder, .gguf file or hub id (owner/name:Q4_K_M).")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Dtype = Annotated[str, typer.Option(help="auto, bfloat16 or float32.")]
+Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default: all that the process may use.")]
 MaxLen = Annotated[int | None, typer.Option("--max-model-len", help="Most tokens of prompt and output.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens to generate.")]
@@ -53,8 +53,11 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(FAILED)
-    except (OSError, ValueError, RuntimeError, MemoryError, NotImplementedError, TypeError) as error:
-        fail(str(error) or type(error).__name__, FAILED)
+    except (OSError, ValueError, RuntimeError, MemoryError, TypeError) as error:
+        from astrai_rs._core import CheckpointError
+
+        is_usage = isinstance(error, (ValueError, TypeError)) and not isinstance(error, CheckpointError)
+        fail(str(error) or type(error).__name__, USAGE if is_usage else FAILED)
 
 
 @app.command()

@@ -39,7 +39,8 @@ class Engine:
         tokenizer: None takes the model's own; else a path, an `AutoTokenizer`, or any object with `encode`
             and `decode`, such as one of transformers. A model without tokenizer serves token ids only.
         device: `auto`, `cpu` or `cuda`.
-        dtype: `auto` (the fastest form that keeps quality), `bfloat16`, or `float32` (exact everywhere).
+        dtype: `auto` (the fastest form that keeps quality), `bfloat16`, `float16`, or `float32` (exact
+            everywhere).
         max_model_len: the most tokens of prompt and output together; None takes the model's own.
         max_num_seqs: the most sequences in one step.
         max_num_batched_tokens: the most tokens in one step; longer prompts are computed in chunks.

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from astrai_rs._core import CheckpointError
+
 if TYPE_CHECKING:
     import tokenizers
 
@@ -129,7 +131,7 @@ def stop_ids(metadata: Mapping[str, Any]) -> list[int]:
 def _get(metadata: Mapping[str, Any], name: str) -> Any:
     key = f"tokenizer.ggml.{name}"
     if key not in metadata:
-        raise ValueError(f"the GGUF file has no {key}; it was written without a tokenizer")
+        raise CheckpointError(f"the GGUF file has no {key}; it was written without a tokenizer")
     return metadata[key]
 
 
@@ -164,7 +166,7 @@ def _byte_level(metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, bool
 def _pair(merge: str) -> tuple[str, str]:
     left, _, right = merge.partition(" ")
     if not left or not right:
-        raise ValueError(
+        raise CheckpointError(
             f"tokenizer.ggml.merges has {merge!r}; each must be two tokens with one space between"
         )
     return left, right

@@ -85,6 +85,10 @@ class InferenceEngine:
         refuse_changed(
             cache=(cache, None), enable_cuda_graph=(enable_cuda_graph, True), backend=(backend, None)
         )
+        if check_int("max_batch_size", max_batch_size) < 1:
+            raise ValueError(f"max_batch_size must be at least 1; given: {max_batch_size}")
+        if max_seq_len is not None and check_int("max_seq_len", max_seq_len) < 2:
+            raise ValueError(f"max_seq_len must be at least 2; given: {max_seq_len}")
         self.model = model if isinstance(model, AutoModel) else AutoModel.from_pretrained(model)
         self._engine = Engine(
             self.model.path,
@@ -92,7 +96,7 @@ class InferenceEngine:
             device=self.model.device,
             dtype=self.model.dtype,
             max_model_len=max_seq_len,
-            max_num_seqs=check_int("max_batch_size", max_batch_size),
+            max_num_seqs=max_batch_size,
         )
         self.tokenizer = self._engine.tokenizer
         self._recent: deque[dict[str, Any]] = deque(maxlen=_RECENT)

