@@ -82,7 +82,7 @@ fn row_us(logits: &[f32], options: &SamplingOptions) -> f64 {
     let params = SamplingParams::new(options, VOCAB).expect("valid");
     let tokens: Vec<u32> = (0..512).map(|i| i * 31).collect();
     let (mut sampler, mut state) = (Sampler::new(vec![2]), SampleState::new(1, 0));
-    let row = Row { logits, tokens: &tokens, num_prompt: 256, params: &params };
+    let row = Row { logits, tokens: &tokens, num_prompt: 256, params: &params, mask: None };
     median_us(|| drop(black_box(sampler.sample(&row, &mut state))))
 }
 
@@ -114,7 +114,7 @@ fn step_us() -> f64 {
     for index in 0..SEQUENCES as u32 {
         let params = SamplingParams::new(&options, 2).expect("valid");
         let prompt = (0..100).map(|at| (index >> (at % 8)) & 1).collect();
-        engine.submit(Request { prompt, params }).expect("fits");
+        engine.submit(Request { prompt, params, grammar: None }).expect("fits");
     }
     while engine.stats().num_requests_running < SEQUENCES {
         engine.step();

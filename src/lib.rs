@@ -6,7 +6,7 @@
 //!         cli ─ engine.py ─ tokenizer/chat_template               text, asyncio (Python)
 //! ═══════════════════════ py ════════════════════════════  ids, numbers, paths, errors
 //!         engine::thread ─→ engine → scheduler → cache::{block,prefix}   integers only
-//!                │             ├→ sampler
+//!                │             ├→ sampler, grammar
 //!                │             └→ step (trait Forward)
 //!                ├─→ runner ───────┘
 //!                │      ├→ decoder → layers → backend → candle / SIMD
@@ -19,6 +19,7 @@
 //!
 //! 1. [`sequence`]: one sample's ids, counters and block table; [`sampler`]: its parameters.
 //! 2. [`scheduler`]: waiting and running sequences → the work of the next step, over [`cache`].
+//!    [`grammar`]: which tokens an output that must follow a schema may hold next.
 //! 3. [`step`]: what policy hands to tensors; [`engine`] runs schedule → forward → sample → commit,
 //!    on the thread of [`engine::thread`].
 //! 4. [`runner`] packs a step; [`decoder`] is the forward pass over [`layers`]; [`backend`] has the
@@ -29,9 +30,10 @@
 //!
 //! `tests/architecture.rs` checks the import rules among them.
 //!
-//! 1. **The engine knows nothing about text.** Only ids, numbers, paths and errors cross to Python.
-//! 2. **Policy never touches a tensor.** `scheduler`, `step`, `sequence`, `sampler`, `config`,
-//!    `cache::{block, prefix}` and `engine` import no candle; they are tested without a model.
+//! 1. **The engine knows nothing about text.** Only ids, numbers, paths and errors cross to Python; for
+//!    [`grammar`] also the bytes of each id, as a table.
+//! 2. **Policy never touches a tensor.** `scheduler`, `step`, `sequence`, `sampler`, `grammar`,
+//!    `config`, `cache::{block, prefix}` and `engine` import no candle; they are tested without a model.
 //! 3. **There is one forward pass.** What varies between families is data in [`spec::ModelSpec`].
 //! 4. **Names are canonical past the checkpoint.** No format flag survives loading.
 //! 5. **Every op has a reference version**, [`backend::reference`], and it is the specification.
@@ -51,6 +53,7 @@ pub mod config;
 pub mod decoder;
 pub mod engine;
 pub mod error;
+pub mod grammar;
 pub mod layers;
 #[cfg(feature = "python")]
 mod py;

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use crate::cache::block::BlockTable;
 use crate::config::BLOCK_SIZE;
-use crate::error::Error;
+use crate::error::{Error, Result};
+use crate::grammar::GrammarState;
 use crate::sampler::{Row, SampleState, SamplingParams, TokenLogprob};
 use crate::step::{Chunk, LogitRows};
 
@@ -23,8 +24,12 @@ pub struct SequenceId {
 /// Why a sample ended.
 #[derive(Debug, Clone)]
 pub enum FinishReason {
-    /// It drew an end-of-text id, or the one of `stop_token_ids` that is named here.
-    Stop(Option<u32>),
+    /// It drew an end-of-text id.
+    EndOfText,
+    /// It drew this one of `stop_token_ids`.
+    StopToken(u32),
+    /// Its grammar allows nothing more. The last token belongs to the text.
+    GrammarEnd,
     /// It reached `max_tokens`, `max_model_len` or the size of the cache.
     Length,
     /// The caller ended it.
@@ -38,7 +43,7 @@ impl FinishReason {
     #[must_use]
     pub fn name(&self) -> &'static str {
         match self {
-            Self::Stop(_) => "stop",
+            Self::EndOfText | Self::StopToken(_) | Self::GrammarEnd => "stop",
             Self::Length => "length",
             Self::Abort => "abort",
             Self::Error(_) => "error",
@@ -103,6 +108,8 @@ pub struct Sequence {
     tokens: Vec<u32>,
     pub(crate) params: Arc<SamplingParams>,
     pub(crate) state: SampleState,
+    /// What its output must look like. Away while the grammar thread computes the next mask.
+    pub(crate) grammar: Option<GrammarState>,
     pub(crate) num_computed: usize,
     pub(crate) table: Option<BlockTable>,
     pub(crate) planned: Option<Planned>,
@@ -129,6 +136,7 @@ impl Sequence {
             tokens: Vec::new(),
             params,
             state: SampleState::new(seed, id.sample),
+            grammar: None,
             num_computed: 0,
             table: None,
             planned: None,
@@ -174,6 +182,12 @@ impl Sequence {
         self.tokens().len() + 1 > held * BLOCK_SIZE
     }
 
+    /// Whether the planned tokens are the last pending ones, so that the next token can be sampled.
+    pub(crate) fn samples_next(&self) -> bool {
+        self.planned
+            .is_some_and(|planned| planned.num_rows() > 0 && planned.len == self.num_pending())
+    }
+
     /// The planned tokens, with the blocks that cover them and all before.
     #[must_use]
     pub fn chunk(&self) -> Option<Chunk<'_>> {
@@ -184,10 +198,14 @@ impl Sequence {
     }
 
     /// What its next token is sampled from.
-    pub(crate) fn row<'a>(&'a mut self, logits: &'a [f32]) -> (Row<'a>, &'a mut SampleState) {
+    pub(crate) fn row<'a>(
+        &'a mut self,
+        logits: &'a [f32],
+    ) -> Result<(Row<'a>, &'a mut SampleState)> {
         let tokens = if self.tokens.is_empty() { &self.prompt } else { &self.tokens[..] };
-        let row = Row { logits, tokens, num_prompt: self.prompt.len(), params: &self.params };
-        (row, &mut self.state)
+        let mask = self.grammar.as_ref().map(GrammarState::mask).transpose()?;
+        let row = Row { logits, tokens, num_prompt: self.prompt.len(), params: &self.params, mask };
+        Ok((row, &mut self.state))
     }
 
     /// Takes the table of a running sequence whose blocks go to an older one. It starts over.
@@ -214,14 +232,21 @@ impl Sequence {
 
     /// Appends a sampled token; says whether it was the last. `limit` is the longest sequence.
     pub(crate) fn push(&mut self, token: u32, eos: &[u32], limit: usize) -> Option<FinishReason> {
+        let is_complete =
+            match self.grammar.as_mut().map(|grammar| grammar.advance(token)).transpose() {
+                Ok(is_complete) => is_complete == Some(true),
+                Err(error) => return Some(FinishReason::Error(error)),
+            };
         if self.tokens.is_empty() {
             self.tokens.extend_from_slice(&self.prompt);
         }
         self.tokens.push(token);
         if !self.params.ignore_eos && eos.contains(&token) {
-            Some(FinishReason::Stop(None))
+            Some(FinishReason::EndOfText)
         } else if self.params.stop_token_ids.contains(&token) {
-            Some(FinishReason::Stop(Some(token)))
+            Some(FinishReason::StopToken(token))
+        } else if is_complete {
+            Some(FinishReason::GrammarEnd)
         } else if self.num_output() >= self.params.max_tokens || self.tokens.len() >= limit {
             Some(FinishReason::Length)
         } else {

@@ -96,7 +96,7 @@ fn possible_draws(logits: &[f64], o: &SamplingOptions, u: f64, slack: f64) -> BT
 fn sample(logits: &[f32], tokens: &[u32], num_prompt: usize, options: &SamplingOptions) -> u32 {
     let params = SamplingParams::new(options, logits.len()).expect("valid");
     let mut state = SampleState::new(options.seed.unwrap_or(0), 0);
-    let row = Row { logits, tokens, num_prompt, params: &params };
+    let row = Row { logits, tokens, num_prompt, params: &params, mask: None };
     Sampler::new(vec![EOS]).sample(&row, &mut state).expect("something is left")
 }
 
@@ -209,7 +209,8 @@ fn chi_square(options: &SamplingOptions, logits: &[f32], probabilities: &BTreeMa
     let tokens = vec![0; DRAWS];
     let mut counts: BTreeMap<u32, usize> = BTreeMap::new();
     for position in 1..=DRAWS {
-        let row = Row { logits, tokens: &tokens[..position], num_prompt: 1, params: &params };
+        let row =
+            Row { logits, tokens: &tokens[..position], num_prompt: 1, params: &params, mask: None };
         *counts.entry(sampler.sample(&row, &mut state).expect("possible")).or_default() += 1;
     }
     assert!(counts.keys().all(|id| probabilities.contains_key(id)), "only kept tokens: {counts:?}");
@@ -259,7 +260,7 @@ fn a_draw_depends_on_seed_sample_and_position_only() {
     let options = SamplingOptions { seed: Some(5), ..SamplingOptions::default() };
     let params = SamplingParams::new(&options, logits.len()).expect("valid");
     let tokens = [0; 9];
-    let row = Row { logits: &logits, tokens: &tokens, num_prompt: 4, params: &params };
+    let row = Row { logits: &logits, tokens: &tokens, num_prompt: 4, params: &params, mask: None };
     let draw = |sampler: &mut Sampler, sample| {
         sampler.sample(&row, &mut SampleState::new(5, sample)).expect("possible")
     };
@@ -277,7 +278,7 @@ fn nan_and_infinity_are_our_bug_not_a_panic() {
     for (at, value) in [(0, f32::NAN), (39, f32::NAN), (20, f32::INFINITY)] {
         let mut logits = vec![0.0; 40];
         logits[at] = value;
-        let row = Row { logits: &logits, tokens: &[0], num_prompt: 1, params: &params };
+        let row = Row { logits: &logits, tokens: &[0], num_prompt: 1, params: &params, mask: None };
         let error =
             Sampler::new(vec![]).sample(&row, &mut SampleState::new(0, 0)).expect_err("seen");
         assert_eq!(error.to_string(), "the model's logits hold NaN or infinity");

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from astrai_rs.request import Logprob as Logprob
     from astrai_rs.request import RequestMetrics as RequestMetrics
     from astrai_rs.request import SamplingParams as SamplingParams
+    from astrai_rs.request import StructuredOutputsParams as StructuredOutputsParams
     from astrai_rs.tokenizer import AutoTokenizer as AutoTokenizer
 
 _HOME = {
@@ -39,6 +40,7 @@ _HOME = {
     "Logprob": "request",
     "RequestMetrics": "request",
     "SamplingParams": "request",
+    "StructuredOutputsParams": "request",
     "__version__": "_core",
 }
 """Public name → its module, imported on first use so that `import astrai_rs` costs nothing."""

@@ -8,6 +8,8 @@ __all__ = [
     "Engine",
     "EngineClosed",
     "Event",
+    "Grammar",
+    "GrammarCompiler",
     "__version__",
     "gguf_metadata",
     "system_info",
@@ -45,6 +47,9 @@ class Event:
     @property
     def stop_reason(self) -> int | None:
         """The stop token when it was one of `stop_token_ids`; None for an end-of-text token."""
+    @property
+    def ends_with_stop_token(self) -> bool:
+        """The sample is over and its last token, an end-of-text or stop token, is not part of the text."""
     @property
     def error(self) -> tuple[str, str] | None:
         """`(kind, message)` when finish_reason is `error`."""
@@ -95,6 +100,7 @@ class Engine:
         allowed_token_ids: Sequence[int] | None = None,
         bad_words: Sequence[Sequence[int]] = (),
         frequency_window: int = 0,
+        grammar: Grammar | None = None,
     ) -> int:
         """Queue a request, return its id. ValueError for a value out of range or a prompt that never fits."""
     def abort(self, request_id: int, sample: int | None = None) -> None:
@@ -117,6 +123,32 @@ class Engine:
     def num_threads(self) -> int: ...
     @property
     def kv_cache_tokens(self) -> int: ...
+
+@final
+class Grammar:
+    """A compiled grammar. Any number of requests may use it."""
+
+@final
+class GrammarCompiler:
+    """The vocabulary of a model as grammars need it; some 0.2 s of work for 50,000 tokens.
+
+    Args:
+        tokens: each id's bytes; empty for an id without text.
+        special_ids: ids of control tokens, which text never holds.
+        eos_token_ids: ids that may end a complete output.
+        vocab_size: how many ids the model has.
+    """
+
+    def __new__(
+        cls,
+        tokens: Sequence[bytes],
+        *,
+        special_ids: Sequence[int],
+        eos_token_ids: Sequence[int],
+        vocab_size: int,
+    ) -> Self: ...
+    def compile(self, kind: str, source: str, *, any_whitespace: bool = False) -> Grammar:
+        """Compile a grammar; `kind` is `json`, `regex` or `lark`. ValueError names what is not supported."""
 
 def gguf_metadata(path: str) -> dict[str, Any]:
     """Every metadata key of a GGUF file, arrays as lists. Token strings that are not UTF-8 come as bytes."""

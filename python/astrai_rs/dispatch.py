@@ -46,7 +46,7 @@ class Dispatcher:
 
     def check_process(self) -> None:
         """RuntimeError in a forked child: it has this object but not the engine's threads."""
-        if os.getpid() != self._pid:
+        if self._is_forked():
             raise RuntimeError(
                 "this Engine was made before a fork, and its threads are not in this process; "
                 "make an Engine in the child, or use multiprocessing's 'spawn'"
@@ -62,7 +62,9 @@ class Dispatcher:
         return request_id
 
     def abort(self, request_id: int) -> None:
-        """Stop a request and forget it. Harmless when it is finished or unknown."""
+        """Stop a request and forget it. Harmless when it is finished or unknown, and in a forked child."""
+        if self._is_forked():
+            return
         with self._lock:
             known = self._routes.pop(request_id, None) is not None
         if known:
@@ -84,11 +86,15 @@ class Dispatcher:
 
     def close(self) -> None:
         """Close the core and end every request with EngineClosed. Idempotent; nothing in a forked child."""
-        if os.getpid() != self._pid:
+        if self._is_forked():
             return
         self._core.close()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+
+    def _is_forked(self) -> bool:
+        """Whether this is a child of the process that made it: the lock may then be held for ever."""
+        return os.getpid() != self._pid
 
     def _run(self) -> None:
         failure: BaseException = RuntimeError("the event thread ended")

@@ -12,9 +12,17 @@ from typing import Any, Self, overload
 
 from astrai_rs import _core
 from astrai_rs.dispatch import Dispatcher
+from astrai_rs.grammar import Grammars
 from astrai_rs.model import resolve
 from astrai_rs.output import Request
-from astrai_rs.request import GenerationOutput, SamplingParams, check_bool, check_ids, core_arguments
+from astrai_rs.request import (
+    GenerationOutput,
+    SamplingParams,
+    StructuredOutputsParams,
+    check_bool,
+    check_ids,
+    core_arguments,
+)
 from astrai_rs.stream import AsyncTokenStream, Prepared, RequestGroup, TokenStream
 from astrai_rs.tokenizer import AutoTokenizer
 
@@ -75,6 +83,7 @@ class Engine:
         self.tokenizer: Any = _load_tokenizer(path, tokenizer)
         """The `AutoTokenizer` (or the object given as `tokenizer`); None without one."""
         self._codec = _codec(self.tokenizer)
+        stop_ids = _stop_ids(self.tokenizer)
         self._core = _core.Engine(
             str(path),
             device=device,
@@ -86,8 +95,9 @@ class Engine:
             enable_prefix_caching=enable_prefix_caching,
             num_threads=num_threads,
             seed=seed,
-            eos_token_ids=_stop_ids(self.tokenizer),
+            eos_token_ids=stop_ids,
         )
+        self._grammars = Grammars(self.tokenizer, stop_ids, self._core.vocab_size)
         self._dispatcher = Dispatcher(self._core)
         # Runs when the engine is dropped and at interpreter exit, whichever comes first.
         self._finalizer = weakref.finalize(self, self._dispatcher.close)
@@ -286,6 +296,10 @@ class Engine:
             arguments["max_tokens"] = max(1, self.max_model_len - len(ids))
         if params.bad_words:
             arguments["bad_words"] = self._bad_word_ids(params.bad_words)
+        if params.structured_outputs is not None:
+            arguments["grammar"] = self._grammars.compile(
+                StructuredOutputsParams.of(params.structured_outputs)
+            )
         text = prompt if isinstance(prompt, str) else None
         return Request(text, ids, params, self._codec, self._dispatcher.stop_sample), arguments
 

@@ -135,7 +135,7 @@ class _Sample:
     ) -> GenerationChunk:
         ids = list(event.token_ids)
         # The token that ended the sample has no text, unless asked for.
-        silent = event.finish_reason == "stop" and not self._params.include_stop_str_in_output
+        silent = event.ends_with_stop_token and not self._params.include_stop_str_in_output
         text, used, stop = self._text(ids, silent_last=silent)
         if stop is None and event.finish_reason is not None:
             text, stop = self._end(text)

@@ -6,9 +6,86 @@ Types are checked here, so that a mistake is named in the caller's own words; ra
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+
+@dataclass(frozen=True)
+class StructuredOutputsParams:
+    """What a text must look like; exactly one of json, regex, choice, grammar and json_object is given.
+
+    Fields and meanings are vLLM's.
+
+    Raises:
+        TypeError: a field has the wrong type.
+        ValueError: none or several are given, `choice` is empty, or `json` cannot be written as JSON.
+    """
+
+    json: str | Mapping[str, Any] | bool | None = None
+    """A JSON schema, as JSON text or as Python data. Properties come in the schema's order."""
+    regex: str | None = None
+    """A regular expression in the syntax of Rust's `regex` crate, which the whole text must match."""
+    choice: Sequence[str] | None = None
+    """One of these strings."""
+    grammar: str | None = None
+    """A grammar in llguidance's variant of Lark."""
+    json_object: bool | None = None
+    """True: any JSON object."""
+    disable_any_whitespace: bool = True
+    """JSON without white space between its parts: small models like to go on with it for ever."""
+
+    def __post_init__(self) -> None:
+        given = [name for name in _CONSTRAINTS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"structured_outputs takes exactly one of {', '.join(_CONSTRAINTS)}; "
+                f"given: {', '.join(given) or 'none'}"
+            )
+        check_bool("disable_any_whitespace", self.disable_any_whitespace)
+        for name in ("regex", "grammar"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and value):
+                raise TypeError(f"structured_outputs.{name} must be a non-empty string, not {_show(value)}")
+        if self.choice is not None:
+            what = "a list of strings"
+            choice = check_strings("structured_outputs.choice", self.choice, what=what)
+            if not choice:
+                raise ValueError("structured_outputs.choice must have at least one string; given: []")
+            object.__setattr__(self, "choice", choice)
+        if self.json_object not in (None, True):
+            raise ValueError(f"structured_outputs.json_object must be True; given: {self.json_object!r}")
+        if self.json is not None and not isinstance(self.json, str):
+            object.__setattr__(self, "json", _schema_text(self.json))
+
+    @classmethod
+    def of(cls, value: object) -> StructuredOutputsParams:
+        """`value` itself, or made of a mapping of its fields."""
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, Mapping):
+            raise TypeError(
+                f"structured_outputs must be StructuredOutputsParams or a dict, not {_show(value)}"
+            )
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := [str(name) for name in value if name not in known]:
+            raise ValueError(
+                f"structured_outputs has no field {', '.join(unknown)}; allowed: {', '.join(known)}"
+            )
+        return cls(**value)
+
+
+_CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object")
+
+
+def _schema_text(schema: object) -> str:
+    if not isinstance(schema, (Mapping, bool)):
+        raise TypeError(f"structured_outputs.json must be a JSON schema, not {_show(schema)}")
+    try:
+        return json.dumps(schema, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"structured_outputs.json cannot be written as JSON: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -20,7 +97,6 @@ class SamplingParams:
     Raises:
         TypeError: a field has the wrong type; the message names field, value and what is allowed.
         ValueError: a stop string is empty.
-        NotImplementedError: `structured_outputs` is given.
     """
 
     n: int = 1
@@ -65,8 +141,8 @@ class SamplingParams:
     """Words that must not be generated, with or without a space before them."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text."""
-    structured_outputs: object | None = None
-    """Reserved; not supported yet."""
+    structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
+    """What the text must look like; a mapping has the fields of `StructuredOutputsParams`."""
 
     def __post_init__(self) -> None:
         for name in ("n", "top_k", "min_tokens"):
@@ -90,7 +166,7 @@ class SamplingParams:
         if self.logit_bias is not None:
             self._set("logit_bias", _check_bias(self.logit_bias))
         if self.structured_outputs is not None:
-            raise NotImplementedError("structured_outputs is not supported yet")
+            self._set("structured_outputs", StructuredOutputsParams.of(self.structured_outputs))
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # frozen for everyone else

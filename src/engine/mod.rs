@@ -13,6 +13,7 @@ use stats::Stats;
 
 use crate::config::EngineConfig;
 use crate::error::{Error, ErrorKind, Result};
+use crate::grammar::{Grammar, MaskWorker};
 use crate::sampler::philox::derive_seed;
 use crate::sampler::{Sampler, SamplingParams, TokenLogprob, token_logprobs};
 use crate::scheduler::{Scheduler, check_prompt};
@@ -27,6 +28,8 @@ pub struct Request {
     pub prompt: Vec<u32>,
     /// How to go on from there.
     pub params: SamplingParams,
+    /// What the output must look like.
+    pub grammar: Option<Grammar>,
 }
 
 /// What one step brought for one sample.
@@ -60,6 +63,7 @@ pub struct Engine<F> {
     config: EngineConfig,
     scheduler: Scheduler,
     sampler: Sampler,
+    masks: MaskWorker,
     start: Instant,
     next_id: RequestId,
     events: Vec<Event>,
@@ -83,6 +87,7 @@ impl<F: Forward> Engine<F> {
             forward,
             scheduler: Scheduler::new(&config),
             sampler: Sampler::new(config.eos_token_ids.clone()),
+            masks: MaskWorker::default(),
             config,
             start: Instant::now(),
             next_id: 0,
@@ -109,10 +114,12 @@ impl<F: Forward> Engine<F> {
         self.next_id = self.next_id.max(id + 1);
         let seed = request.params.seed.unwrap_or_else(|| derive_seed(self.config.seed, id));
         let prompt: Arc<[u32]> = request.prompt.into();
-        let params = Arc::new(request.params);
+        let (params, grammar) = (Arc::new(request.params), request.grammar);
         let sequence = |sample| {
             let id = SequenceId { request: id, sample };
-            Sequence::new(id, prompt.clone(), params.clone(), seed, arrival)
+            let mut sequence = Sequence::new(id, prompt.clone(), params.clone(), seed, arrival);
+            sequence.grammar = grammar.as_ref().map(Grammar::start);
+            sequence
         };
         self.scheduler.submit((0..params.num_samples()).map(sequence).collect());
     }
@@ -218,11 +225,38 @@ impl<F: Forward> Engine<F> {
             // Better an error than a loop for ever.
             return Err(Error::bug("the scheduler found nothing to compute for waiting requests"));
         }
+        let is_masked = self.begin_masks()?;
         let chunks: Vec<_> = self.scheduler.running().iter().filter_map(Sequence::chunk).collect();
         let logits = self.forward.forward(&Step { chunks })?;
+        if is_masked {
+            self.finish_masks()?;
+        }
         self.scheduler.advance();
         self.sample(&logits)?;
         self.scheduler.sweep();
+        Ok(())
+    }
+
+    /// Sends the grammars of all samples that get a token in this step to the grammar thread.
+    fn begin_masks(&mut self) -> Result<bool> {
+        let running = self.scheduler.running_mut().iter_mut().enumerate();
+        let states: Vec<_> = running
+            .filter(|(_, sequence)| sequence.samples_next())
+            .filter_map(|(index, sequence)| Some((index, sequence.grammar.take()?)))
+            .collect();
+        if states.is_empty() {
+            return Ok(false);
+        }
+        self.masks.begin(states)?;
+        Ok(true)
+    }
+
+    /// Gives them back.
+    fn finish_masks(&mut self) -> Result<()> {
+        let running = self.scheduler.running_mut();
+        for (index, state) in self.masks.finish()? {
+            running[index].grammar = Some(state);
+        }
         Ok(())
     }
 
@@ -290,7 +324,7 @@ impl Rows<'_> {
             return Ok(None);
         }
         let logits = self.logits.row(self.first + self.planned.num_rows() - 1);
-        let (row, state) = sequence.row(logits);
+        let (row, state) = sequence.row(logits)?;
         let token = sampler.sample(&row, state)?;
         let top = sequence.params.logprobs;
         let logprobs = top.map(|top| token_logprobs(logits, token, top)).transpose()?;

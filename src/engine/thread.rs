@@ -25,6 +25,8 @@ pub struct EngineHandle {
     shared: Arc<Shared>,
     thread: Mutex<Option<JoinHandle<()>>>,
     config: EngineConfig,
+    /// A forked child has this object but not the thread, and locks may be held for ever.
+    process: u32,
 }
 
 #[derive(Debug)]
@@ -88,7 +90,10 @@ impl EngineHandle {
         let config =
             load_result.recv().unwrap_or_else(|_| Err(Error::bug("the engine thread has died")));
         match config {
-            Ok(config) => Ok(Self { commands, shared, thread: Mutex::new(Some(thread)), config }),
+            Ok(config) => {
+                let (thread, process) = (Mutex::new(Some(thread)), std::process::id());
+                Ok(Self { commands, shared, thread, config, process })
+            }
             Err(error) => {
                 let _ = thread.join();
                 Err(error)
@@ -158,8 +163,12 @@ impl EngineHandle {
         lock(&self.shared.outbox).closed.clone()
     }
 
-    /// Ends all requests with [`ErrorKind::Shutdown`] and waits for the thread. Closing again does nothing.
+    /// Ends all requests with [`ErrorKind::Shutdown`] and waits for the thread. Closing again does
+    /// nothing, nor does closing in a forked child.
     pub fn close(&self) {
+        if std::process::id() != self.process {
+            return;
+        }
         if let Ok(_open) = self.shared.open() {
             self.send(Command::Close);
         }

@@ -8,6 +8,7 @@ use pyo3::IntoPyObjectExt;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
+use super::grammar::Grammar;
 use super::params::{EngineOptions, sampling_options};
 use crate::engine::thread::EngineHandle;
 use crate::engine::{self, Request};
@@ -44,19 +45,21 @@ impl Engine {
     }
 
     /// Queue a request and return its id.
-    #[pyo3(signature = (prompt_token_ids, **params))]
+    #[pyo3(signature = (prompt_token_ids, *, grammar = None, **params))]
     fn submit(
         &self,
         py: Python<'_>,
         prompt_token_ids: Vec<i64>,
+        grammar: Option<&Bound<'_, Grammar>>,
         params: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<u64> {
         let options = sampling_options(params)?;
+        let grammar = grammar.map(|grammar| grammar.get().0.clone());
         Ok(py.detach(|| {
             let vocab_size = self.handle.config().vocab_size;
             let prompt = token_ids(prompt_token_ids, vocab_size)?;
             let params = SamplingParams::new(&options, vocab_size)?;
-            self.handle.submit(Request { prompt, params })
+            self.handle.submit(Request { prompt, params, grammar })
         })?)
     }
 
@@ -187,9 +190,15 @@ impl Event {
     #[getter]
     fn stop_reason(&self) -> Option<u32> {
         match self.0.finish.as_ref()?.reason {
-            FinishReason::Stop(token) => token,
+            FinishReason::StopToken(token) => Some(token),
             _ => None,
         }
+    }
+
+    #[getter]
+    fn ends_with_stop_token(&self) -> bool {
+        let reason = self.0.finish.as_ref().map(|finish| &finish.reason);
+        matches!(reason, Some(FinishReason::EndOfText | FinishReason::StopToken(_)))
     }
 
     #[getter]

@@ -2,6 +2,7 @@
 
 mod engine;
 mod error;
+mod grammar;
 mod metadata;
 mod params;
 
@@ -19,6 +20,8 @@ mod _core {
     use super::engine::{Engine, Event};
     #[pymodule_export]
     use super::error::{CheckpointError, EngineClosed};
+    #[pymodule_export]
+    use super::grammar::{Grammar, GrammarCompiler};
     #[pymodule_export]
     use super::metadata::{gguf_metadata, system_info};
 

@@ -1,6 +1,6 @@
 //! Logits → token, for one row at a time and from nothing but that row's own request.
 //!
-//! Order: `logit_bias`, `allowed_token_ids`, `min_tokens`, `bad_words` → repetition, frequency,
+//! Order: `logit_bias`, `allowed_token_ids`, `min_tokens`, `bad_words`, grammar mask → repetition, frequency,
 //! presence penalties → temperature → `min_p` → `top_k` → `top_p` → draw.
 
 mod logprobs;
@@ -28,6 +28,8 @@ pub struct Row<'a> {
     pub num_prompt: usize,
     /// How to sample.
     pub params: &'a SamplingParams,
+    /// The ids that a grammar allows, one bit each, from the lowest bit of the first word on.
+    pub mask: Option<&'a [u32]>,
 }
 
 impl Row<'_> {
@@ -129,7 +131,8 @@ fn row_max(logits: &[f32]) -> Result<f32> {
     match select::max(logits) {
         Some(max) if max.is_finite() => Ok(max),
         Some(FORBIDDEN) => Err(Error::invalid(
-            "no token is left to sample: allowed_token_ids, min_tokens and bad_words forbid every id",
+            "no token is left to sample: structured_outputs, allowed_token_ids, min_tokens and \
+             bad_words together forbid every id",
         )),
         _ => Err(Error::bug("the model's logits hold NaN or infinity")),
     }
@@ -140,7 +143,8 @@ fn change(row: &Row<'_>, eos: &[u32], state: &mut SampleState, changed: &mut Vec
     let params = row.params;
     let is_plain = params.logit_bias.is_empty()
         && params.allowed_token_ids.is_none()
-        && params.bad_words.is_empty();
+        && params.bad_words.is_empty()
+        && row.mask.is_none();
     if is_plain && !row.is_short() && !params.penalises() {
         return false;
     }
@@ -157,6 +161,9 @@ fn change(row: &Row<'_>, eos: &[u32], state: &mut SampleState, changed: &mut Vec
         changed[id as usize] += bias;
     }
     forbid(row, eos, changed);
+    if let Some(mask) = row.mask {
+        keep(mask, changed);
+    }
     if params.penalises() {
         state.count(row);
         penalise(params, &state.counts, changed);
@@ -179,6 +186,23 @@ fn forbid(row: &Row<'_>, eos: &[u32], changed: &mut [f32]) {
             && row.output().ends_with(start)
         {
             changed[last as usize] = FORBIDDEN;
+        }
+    }
+}
+
+/// Forbids every id whose bit in `mask` is not set.
+fn keep(mask: &[u32], logits: &mut [f32]) {
+    for (index, ids) in logits.chunks_mut(32).enumerate() {
+        match mask.get(index).copied().unwrap_or(0) {
+            u32::MAX => {}
+            0 => ids.fill(FORBIDDEN),
+            bits => {
+                for (bit, logit) in ids.iter_mut().enumerate() {
+                    if bits >> bit & 1 == 0 {
+                        *logit = FORBIDDEN;
+                    }
+                }
+            }
         }
     }
 }

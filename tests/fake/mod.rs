@@ -177,7 +177,7 @@ pub fn engine(config: &EngineConfig) -> Engine<Fake> {
 
 pub fn request(prompt: Vec<u32>, options: &SamplingOptions, config: &EngineConfig) -> Request {
     let params = SamplingParams::new(options, config.vocab_size).expect("valid");
-    Request { prompt, params }
+    Request { prompt, params, grammar: None }
 }
 
 /// `max_tokens` of greedy output.
@@ -210,7 +210,7 @@ pub fn collect(outputs: &mut Outputs, events: Vec<Event>) {
         }
         output.finish = event.finish.map(|finish| {
             let detail = match &finish.reason {
-                FinishReason::Stop(token) => format!("{token:?}"),
+                FinishReason::StopToken(token) => token.to_string(),
                 FinishReason::Error(error) => error.to_string(),
                 _ => String::new(),
             };
@@ -248,13 +248,19 @@ pub fn reference(
     let limit = config.max_model_len.min(config.num_blocks * BLOCK_SIZE + 1);
     let finish = loop {
         let logits = logits_after(&tokens, config.vocab_size);
-        let row = Row { logits: &logits, tokens: &tokens, num_prompt, params: &request.params };
+        let row = Row {
+            logits: &logits,
+            tokens: &tokens,
+            num_prompt,
+            params: &request.params,
+            mask: None,
+        };
         let token = sampler.sample(&row, &mut state).expect("possible");
         tokens.push(token);
         if !options.ignore_eos && config.eos_token_ids.contains(&token) {
-            break ("stop", "None".to_owned());
+            break ("stop", String::new());
         } else if options.stop_token_ids.contains(&i64::from(token)) {
-            break ("stop", format!("Some({token})"));
+            break ("stop", token.to_string());
         } else if (tokens.len() - num_prompt) as i64 >= options.max_tokens || tokens.len() >= limit
         {
             break ("length", String::new());

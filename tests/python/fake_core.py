@@ -27,6 +27,7 @@ class Event:
     prompt_logprobs: list | None = None
     finish_reason: str | None = None
     stop_reason: int | None = None
+    ends_with_stop_token: bool = False
     error: tuple[str, str] | None = None
     metrics: dict | None = None
 

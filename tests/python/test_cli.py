@@ -132,7 +132,7 @@ def test_jsonl_of_messages(case, tmp_path):
         ('{"prompt": "a"}\n{"prompt": "a", "colour": 1}', "in.jsonl:2: unknown fields: colour"),
         ('{"prompt": "a", "logprobs": 1}', "in.jsonl:1: unknown fields: logprobs"),
         ('{"prompt": "a", "top_k": "x"}', "in.jsonl:1: top_k must be an int"),
-        ('{"prompt": "a", "structured_outputs": {}}', "in.jsonl:1: structured_outputs is not supported"),
+        ('{"prompt": "a", "structured_outputs": {}}', "in.jsonl:1: structured_outputs takes exactly one of"),
         ('{"prompt": "a", "top_p": 2}', "top_p must be above 0 and at most 1; given: 2"),
     ],
 )

@@ -108,9 +108,9 @@ def test_flags(name):
         ({"logit_bias": {"1": 1}}, TypeError, "logit_bias: each key must be an int, not str '1'"),
         ({"logit_bias": {1: "x"}}, TypeError, r"logit_bias\[1\] must be a number, not str 'x'"),
         (
-            {"structured_outputs": {"json": {}}},
-            NotImplementedError,
-            "structured_outputs is not supported yet",
+            {"structured_outputs": {"yaml": ""}},
+            ValueError,
+            "structured_outputs has no field yaml; allowed: json, regex, choice, grammar",
         ),
         ({"best_of": 2}, TypeError, "unexpected keyword argument 'best_of'"),
     ],
