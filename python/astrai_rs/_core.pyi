@@ -39,6 +39,9 @@ class Event:
     def logprobs(self) -> list[list[tuple[int, float, int]]] | None:
         """Per new token `(id, logprob, rank)`: the sampled token first, then the top ones."""
     @property
+    def num_cached_tokens(self) -> int | None:
+        """With the sample's first token: prompt tokens that came from the prefix cache."""
+    @property
     def prompt_logprobs(self) -> list[list[tuple[int, float, int]] | None] | None:
         """Per prompt token as `logprobs`, None for the first; once, with the first event of sample 0."""
     @property

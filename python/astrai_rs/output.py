@@ -155,6 +155,7 @@ class _Sample:
             stop_reason=self._stop_reason,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            num_cached_tokens=event.num_cached_tokens,
             metrics=self.metrics,
         )
 

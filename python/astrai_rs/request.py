@@ -272,6 +272,8 @@ class GenerationChunk:
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     """With the request's first piece, if asked for."""
+    num_cached_tokens: int | None = None
+    """With the sample's first piece: prompt tokens that came from the prefix cache."""
     metrics: RequestMetrics | None = None
     """With the sample's last piece, unless a stop string ended it."""
 

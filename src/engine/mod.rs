@@ -41,6 +41,8 @@ pub struct Event {
     pub token_ids: Vec<u32>,
     /// Per new token the list of [`token_logprobs`], where `logprobs` asks for it.
     pub logprobs: Option<Vec<Vec<TokenLogprob>>>,
+    /// With the first token: prompt tokens whose computation the prefix cache saved.
+    pub num_cached_tokens: Option<usize>,
     /// With the first token of sample 0, where `prompt_logprobs` asks for it.
     pub prompt_logprobs: Option<PromptLogprobs>,
     /// In the last event of the sample, why it is the last.
@@ -354,6 +356,7 @@ impl Rows<'_> {
 
 impl Drawn {
     fn into_event(self, sequence: &mut Sequence, eos: &[u32], limit: usize, now: f64) -> Event {
+        let is_first = sequence.num_output() == 0;
         sequence.metrics.first_token_time.get_or_insert(now);
         let reason = sequence.push(self.token, eos, limit);
         let mut event = match reason {
@@ -362,6 +365,7 @@ impl Drawn {
         };
         event.token_ids.push(self.token);
         event.logprobs = self.logprobs.map(|list| vec![list]);
+        event.num_cached_tokens = is_first.then_some(sequence.metrics.num_cached_tokens);
         event.prompt_logprobs = sequence.prompt_logprobs.take();
         event
     }
@@ -369,7 +373,14 @@ impl Drawn {
 
 impl Event {
     fn new(id: SequenceId) -> Self {
-        Self { id, token_ids: Vec::new(), logprobs: None, prompt_logprobs: None, finish: None }
+        Self {
+            id,
+            token_ids: Vec::new(),
+            logprobs: None,
+            num_cached_tokens: None,
+            prompt_logprobs: None,
+            finish: None,
+        }
     }
 
     fn end(sequence: &Sequence, reason: FinishReason, now: f64) -> Self {

@@ -177,6 +177,11 @@ impl Event {
     }
 
     #[getter]
+    fn num_cached_tokens(&self) -> Option<usize> {
+        self.0.num_cached_tokens
+    }
+
+    #[getter]
     fn prompt_logprobs(&self) -> Option<Vec<Option<Vec<Entry>>>> {
         let tokens = self.0.prompt_logprobs.as_ref()?;
         Some(tokens.iter().map(|token| token.as_deref().map(entries)).collect())

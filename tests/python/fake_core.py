@@ -24,6 +24,7 @@ class Event:
     token_ids: list[int]
     sample: int = 0
     logprobs: list | None = None
+    num_cached_tokens: int | None = None
     prompt_logprobs: list | None = None
     finish_reason: str | None = None
     stop_reason: int | None = None
