@@ -119,7 +119,7 @@ fn seconds(runner: &mut Runner, count: usize, start: usize, len: usize) -> f64 {
     });
     let step = Step { chunks: chunks.collect() };
     let begin = Instant::now();
-    runner.forward(&step).expect("forward");
+    runner.forward(&step, &|| ()).expect("forward");
     begin.elapsed().as_secs_f64()
 }
 

@@ -90,7 +90,7 @@ fn row_us(logits: &[f32], options: &SamplingOptions) -> f64 {
 struct Free;
 
 impl Forward for Free {
-    fn forward(&mut self, step: &Step<'_>) -> Result<Logits> {
+    fn forward(&mut self, step: &Step<'_>, _beat: &dyn Fn()) -> Result<Logits> {
         let rows = step.chunks.iter().filter(|chunk| chunk.logits != LogitRows::None).count();
         Ok(Logits { values: vec![0.0; rows * 2], vocab_size: 2 })
     }
@@ -102,6 +102,7 @@ fn step_us() -> f64 {
         max_model_len: 1 << 30,
         max_num_seqs: SEQUENCES,
         max_num_batched_tokens: 2048,
+        prefill_beside_decode: 2048,
         num_blocks: 1 << 18,
         enable_prefix_caching: true,
         seed: 0,

@@ -9,7 +9,8 @@ pub const BLOCK_SIZE: usize = 16;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum DType {
     /// The fastest form that keeps quality: dense f32 weights become bf16, others stay as stored;
-    /// products of bf16 grade; bf16 cache.
+    /// products of bf16 grade where the CPU has them, else f32; bf16 cache. So two kinds of CPU may
+    /// give different tokens.
     #[default]
     Auto,
     /// Weights as stored, exact f32 arithmetic everywhere, f32 cache.
@@ -55,6 +56,9 @@ pub struct EngineConfig {
     pub max_num_seqs: usize,
     /// Most tokens computed in one step.
     pub max_num_batched_tokens: usize,
+    /// Most prompt tokens in a step that has decode rows, unless there are more of these: running
+    /// requests shall not wait for the prompts of others.
+    pub prefill_beside_decode: usize,
     /// Cache blocks of [`BLOCK_SIZE`] tokens.
     pub num_blocks: usize,
     /// Whether blocks stay findable after their request has ended.
@@ -74,6 +78,7 @@ impl EngineConfig {
             ("max_model_len", self.max_model_len),
             ("max_num_seqs", self.max_num_seqs),
             ("max_num_batched_tokens", self.max_num_batched_tokens),
+            ("prefill_beside_decode", self.prefill_beside_decode),
             ("kv_cache_tokens", self.num_blocks * BLOCK_SIZE),
             ("vocab_size", self.vocab_size),
         ] {

@@ -55,7 +55,8 @@ impl Decoder {
     }
 
     /// Computes `ids` (packed, placed by `batch`), writes their keys and values to `kv`, and returns
-    /// the logits `[rows, vocab]` of `rows`, or `None` when there are none.
+    /// the logits `[rows, vocab]` of `rows`, or `None` when there are none. `beat` is called once per
+    /// layer.
     pub fn forward(
         &self,
         backend: &Backend,
@@ -63,11 +64,13 @@ impl Decoder {
         batch: &Batch,
         kv: &KvPool,
         rows: &[u32],
+        beat: &dyn Fn(),
     ) -> Result<Option<Tensor>> {
         let eps = self.norm_eps;
         let mut residual = backend.embedding(&self.embed, ids)?; // [tokens, hidden]
         let mut x = backend.rms_norm(&residual, &self.layers[0].attn_norm, eps)?;
         for (index, layer) in self.layers.iter().enumerate() {
+            beat();
             let mut heads = layer.attention.heads(backend, &x, kv.layer(index), batch)?;
             let last = index + 1 == self.layers.len();
             if last && rows.is_empty() {

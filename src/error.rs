@@ -25,6 +25,24 @@ pub enum ErrorKind {
     Bug,
 }
 
+impl ErrorKind {
+    /// The name that crosses to Python.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::InvalidArgument => "InvalidArgument",
+            Self::Checkpoint => "Checkpoint",
+            Self::Unsupported => "Unsupported",
+            Self::OutOfMemory => "OutOfMemory",
+            Self::Device => "Device",
+            Self::NotFound => "NotFound",
+            Self::Io => "Io",
+            Self::Shutdown => "Shutdown",
+            Self::Bug => "Bug",
+        }
+    }
+}
+
 /// An error with a kind and a message that names what was wrong, what was given and what is allowed.
 ///
 /// `Display` prints the context chain, outermost first: `model.safetensors: tensor "x": bad shape`.

@@ -21,7 +21,8 @@ pub struct Capacity {
     pub num_blocks: usize,
 }
 
-/// What the caller asked for; `None` lets the model and a 2 GiB cache decide.
+/// What the caller asked for; `None` lets the model and a cache of 2 GiB, or half of a smaller memory,
+/// decide.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct CapacityRequest {
     /// Longest sequence, in tokens.
@@ -58,7 +59,7 @@ impl CapacityRequest {
         }
         let wanted = self.max_model_len.unwrap_or(spec.max_positions);
         let tokens = self.kv_cache_tokens.unwrap_or_else(|| {
-            (DEFAULT_CACHE_BYTES / bytes_per_token.max(1))
+            (DEFAULT_CACHE_BYTES.min(memory / 2) / bytes_per_token.max(1))
                 .min(self.max_num_seqs.saturating_mul(wanted))
                 .max(self.max_model_len.unwrap_or(BLOCK_SIZE))
         });
@@ -102,14 +103,15 @@ impl Runner {
         let bytes_per_token = spec.num_layers * backend.kv_bytes_per_token(heads);
         let memory = backend.memory_bytes().unwrap_or(isize::MAX as usize);
         let capacity = request.resolve(&spec, bytes_per_token, memory)?;
-        let decoder = Decoder::load(&spec, weights, &backend, capacity.max_model_len)?;
+        let max_positions = capacity.max_model_len.min(capacity.num_blocks * BLOCK_SIZE + 1);
+        let decoder = Decoder::load(&spec, weights, &backend, max_positions)?;
         let kv = KvPool::new(&backend, spec.num_layers, capacity.num_blocks, heads)?;
         Ok((Self { backend, decoder, kv, vocab_size: spec.vocab_size }, capacity))
     }
 }
 
 impl Forward for Runner {
-    fn forward(&mut self, step: &Step<'_>) -> Result<Logits> {
+    fn forward(&mut self, step: &Step<'_>, beat: &dyn Fn()) -> Result<Logits> {
         let (mut ids, mut batch, mut rows) = (Vec::new(), Batch::default(), Vec::new());
         for chunk in &step.chunks {
             let (first, first_block) = (ids.len(), batch.blocks.len());
@@ -128,7 +130,7 @@ impl Forward for Runner {
                 LogitRows::All => rows.extend(first as u32..end),
             }
         }
-        let logits = self.decoder.forward(&self.backend, &ids, &batch, &self.kv, &rows)?;
+        let logits = self.decoder.forward(&self.backend, &ids, &batch, &self.kv, &rows, beat)?;
         let values =
             logits.map_or(Ok(Vec::new()), |logits| logits.flatten_all()?.to_vec1::<f32>())?;
         Ok(Logits { values, vocab_size: self.vocab_size })

@@ -24,6 +24,7 @@ const MAX_LOGITS: usize = 16 << 20;
 pub struct Scheduler {
     max_num_seqs: usize,
     max_num_batched_tokens: usize,
+    prefill_beside_decode: usize,
     /// Rows of logits per step that chunks with prompt log-probabilities may bring it to.
     max_rows: usize,
     max_model_len: usize,
@@ -50,6 +51,7 @@ impl Scheduler {
         Self {
             max_num_seqs: config.max_num_seqs,
             max_num_batched_tokens: config.max_num_batched_tokens,
+            prefill_beside_decode: config.prefill_beside_decode,
             max_rows: MAX_LOGITS / config.vocab_size.max(1),
             max_model_len: config.max_model_len,
             cache: KvCache::new(config.num_blocks, config.enable_prefix_caching),
@@ -80,6 +82,10 @@ impl Scheduler {
             sequence.planned = None;
         }
         let preempted = self.plan_decodes(&mut left);
+        let num_decodes = self.max_num_batched_tokens - left.tokens;
+        if num_decodes > 0 {
+            left.tokens = left.tokens.min(num_decodes.max(self.prefill_beside_decode));
+        }
         for sequence in &mut self.running {
             if sequence.planned.is_none() {
                 plan(sequence, &mut left);
@@ -88,7 +94,7 @@ impl Scheduler {
         if !preempted {
             self.admit(&mut left, now);
         }
-        self.max_num_batched_tokens - left.tokens
+        self.running.iter().filter_map(|sequence| sequence.planned).map(|planned| planned.len).sum()
     }
 
     /// Commits the planned tokens, which are now in the cache.

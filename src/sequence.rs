@@ -241,7 +241,8 @@ impl Sequence {
             self.tokens.extend_from_slice(&self.prompt);
         }
         self.tokens.push(token);
-        if !self.params.ignore_eos && eos.contains(&token) {
+        // Nothing can follow the end of a grammar, not even where `ignore_eos` would go on.
+        if eos.contains(&token) && (is_complete || !self.params.ignore_eos) {
             Some(FinishReason::EndOfText)
         } else if self.params.stop_token_ids.contains(&token) {
             Some(FinishReason::StopToken(token))

@@ -59,5 +59,6 @@ pub trait Forward {
     /// Computes the chunks, writes their keys and values into the cache, and returns the logits.
     ///
     /// The arithmetic of a row does not depend on the other chunks or on how a prompt is cut.
-    fn forward(&mut self, step: &Step<'_>) -> Result<Logits>;
+    /// `beat` is called now and then on the way: it shows that the pass goes on.
+    fn forward(&mut self, step: &Step<'_>, beat: &dyn Fn()) -> Result<Logits>;
 }

@@ -11,7 +11,7 @@ const RULES: &[(&str, &[&str])] = &[
     ("config.rs", &["error"]),
     ("weights.rs", &["error"]),
     ("step.rs", &["error", "cache::block"]),
-    ("sampler", &["error", "config", "sampler"]),
+    ("sampler", &["error", "sampler"]),
     ("grammar", &["error", "grammar"]),
     ("sequence.rs", &["error", "config", "cache", "grammar", "sampler", "step", "sequence"]),
     ("scheduler", &["error", "config", "cache", "sampler", "sequence", "step", "scheduler"]),
@@ -156,8 +156,9 @@ fn only_the_binding_names_pyo3() {
 #[test]
 fn only_checkpoint_reads_files() {
     for (file, text) in sources() {
-        if !file.starts_with("checkpoint") {
-            let reads = ["std::fs", "File::open", "memmap2"];
+        // What the system tells of its limits is no file of a model.
+        if !file.starts_with("checkpoint") && file != "backend/cpu/memory_limit.rs" {
+            let reads = ["fs::", "std::fs", "{fs", "File::open", "memmap2"];
             let found = code_lines(&text).find(|line| reads.iter().any(|name| line.contains(name)));
             assert!(found.is_none(), "src/{file} reads files: {found:?}");
         }
@@ -168,8 +169,12 @@ fn only_checkpoint_reads_files() {
 fn unsafe_lives_only_in_kernels_and_the_mmap() {
     for (file, text) in sources() {
         if !file.starts_with("backend/cpu") && !file.starts_with("checkpoint/mmap") {
-            let found = code_lines(&text).find(|line| line.contains("allow(unsafe_code)"));
-            assert!(found.is_none(), "src/{file} allows unsafe");
+            let keyword = |line: &&str| {
+                line.split(|c: char| !c.is_alphanumeric() && c != '_')
+                    .any(|word| word == "unsafe" || word == "unsafe_code")
+            };
+            let found = code_lines(&text).find(keyword);
+            assert!(found.is_none(), "src/{file} is unsafe: {found:?}");
         }
     }
 }

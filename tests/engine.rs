@@ -9,8 +9,9 @@ use std::time::Duration;
 use astrai_rs::config::EngineConfig;
 use astrai_rs::engine::thread::EngineHandle;
 use astrai_rs::engine::{Engine, SequenceId};
-use astrai_rs::error::{Error, ErrorKind};
+use astrai_rs::error::{Error, ErrorKind, Result};
 use astrai_rs::sampler::SamplingOptions;
+use astrai_rs::step::Forward;
 use fake::{Fake, Fault, Outputs, Rng, collect, config, engine, greedy, reference, request, run};
 
 const FOREVER: Duration = Duration::from_mins(1);
@@ -101,6 +102,7 @@ fn variants(base: &EngineConfig) -> Vec<(&'static str, EngineConfig)> {
         ("budget 1", budget(1)),
         ("budget 2", budget(2)),
         ("budget 7", budget(7)),
+        ("little prefill", EngineConfig { prefill_beside_decode: 3, ..base.clone() }),
         ("budget 64", EngineConfig { max_num_seqs: 17, ..budget(64) }),
         ("small everything", EngineConfig { max_num_seqs: 5, num_blocks: 9, ..budget(33) }),
     ]
@@ -259,9 +261,15 @@ fn a_failed_step_ends_all_requests_and_the_engine() {
 }
 
 /// A handle on a fake that `change` has prepared.
+fn start_with<F: Forward>(
+    load: impl FnOnce() -> Result<(F, EngineConfig)> + Send + 'static,
+) -> Result<EngineHandle> {
+    EngineHandle::start(load, || Ok(()))
+}
+
 fn start(config: &EngineConfig, change: impl FnOnce(&mut Fake) + Send + 'static) -> EngineHandle {
     let config = config.clone();
-    EngineHandle::start(move || {
+    start_with(move || {
         let mut fake = Fake::new(&config);
         change(&mut fake);
         Ok((fake, config))
@@ -335,20 +343,32 @@ fn metrics_are_in_order() {
 
 #[test]
 fn a_load_error_reaches_the_constructor() {
-    let error =
-        EngineHandle::start::<Fake>(|| Err(Error::checkpoint("no such tensor"))).expect_err("told");
+    let error = start_with::<Fake>(|| Err(Error::checkpoint("no such tensor"))).expect_err("told");
     assert_eq!(
         (error.kind(), error.to_string().as_str()),
         (ErrorKind::Checkpoint, "no such tensor")
     );
-    let error = EngineHandle::start::<Fake>(|| panic!("a bad file")).expect_err("told");
+    let error = start_with::<Fake>(|| panic!("a bad file")).expect_err("told");
     assert_eq!(
         (error.kind(), error.to_string().as_str()),
         (ErrorKind::Bug, "the engine panicked: a bad file")
     );
     let bad = EngineConfig { max_num_seqs: 0, ..config() };
-    let error = EngineHandle::start(move || Ok((Fake::new(&bad), bad))).expect_err("told");
+    let error = start_with(move || Ok((Fake::new(&bad), bad))).expect_err("told");
     assert_eq!(error.to_string(), "max_num_seqs must be at least 1; given: 0");
+}
+
+#[test]
+fn a_wait_for_the_model_can_be_given_up() {
+    let (done, wait) = mpsc::channel::<()>();
+    let load = move || {
+        wait.recv().expect_err("the test gives up first");
+        let config = config();
+        Ok((Fake::new(&config), config))
+    };
+    let given_up = EngineHandle::start(load, || Err(Error::invalid("enough")));
+    assert_eq!(given_up.expect_err("given up").to_string(), "enough");
+    drop(done);
 }
 
 #[test]
@@ -444,7 +464,7 @@ fn poll_waits_for_its_time_and_stats_never_for_a_step() {
     let config = config();
     let (entered, inside) = mpsc::channel();
     let (release, blocked) = mpsc::channel::<()>();
-    let handle = EngineHandle::start({
+    let handle = start_with({
         let config = config.clone();
         move || Ok((Stuck { entered, blocked, vocab_size: config.vocab_size }, config))
     })
@@ -472,6 +492,7 @@ impl astrai_rs::step::Forward for Stuck {
     fn forward(
         &mut self,
         _: &astrai_rs::step::Step<'_>,
+        _beat: &dyn Fn(),
     ) -> astrai_rs::error::Result<astrai_rs::step::Logits> {
         self.entered.send(()).expect("the test waits");
         self.blocked.recv().expect("the test lets go");

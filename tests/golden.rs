@@ -71,7 +71,7 @@ fn step(runner: &mut Runner, sequences: &[Vec<u32>], starts: &[usize], rows: Log
         blocks: &table[..ids.len().div_ceil(BLOCK_SIZE)],
         logits: rows,
     });
-    runner.forward(&Step { chunks: chunks.collect() }).expect("forward")
+    runner.forward(&Step { chunks: chunks.collect() }, &|| ()).expect("forward")
 }
 
 fn argmax(row: &[f32]) -> u32 {

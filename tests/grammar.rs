@@ -195,6 +195,32 @@ fn a_grammar_that_other_parameters_contradict_fails_its_own_request_only() {
     assert!(finishes[1].0 != "error");
 }
 
+/// Texts of one to three letters, any of which a model may call its end.
+#[test]
+fn what_ends_a_text_is_not_part_of_it() {
+    let tokens = (0..=255).map(|byte| vec![byte]).collect();
+    let eos = u32::from(b'x');
+    let compiler = GrammarCompiler::new(tokens, Vec::new(), vec![eos], VOCAB).expect("valid");
+    let grammar = compiler.compile(GrammarSource::Regex("[x-z]{3,}")).expect("valid");
+    let config = EngineConfig { eos_token_ids: vec![eos], ..config() };
+    let stop = u32::from(b'y');
+    for (ignore_eos, first) in (0..200).map(|first| (first % 2 == 0, first)) {
+        let options = SamplingOptions {
+            ignore_eos,
+            stop_token_ids: vec![i64::from(stop)],
+            ..fake::greedy(30)
+        };
+        let mut request = fake::request(vec![first], &options, &config);
+        request.grammar = Some(grammar.clone());
+        let (outputs, _) = run(&[request], &config);
+        let output = outputs.values().next().expect("one");
+        let (last, text) = output.tokens.split_last().expect("some");
+        assert!(text.iter().all(|&id| id == u32::from(b'z')) && text.len() >= 3, "{text:?}");
+        let finish = if *last == eos { String::new() } else { stop.to_string() };
+        assert_eq!(output.finish, Some(("stop", finish)));
+    }
+}
+
 #[test]
 fn what_is_wrong_with_a_grammar_is_named() {
     let long = "a".repeat(MAX_SOURCE_BYTES + 1);

@@ -49,6 +49,13 @@ fn decode_rows_and_prefill_chunks_share_a_step() {
 }
 
 #[test]
+fn running_requests_do_not_wait_for_long_prompts() {
+    let few = EngineConfig { prefill_beside_decode: 2, ..budget(6) };
+    let requests = [(3, greedy(5)), (10, greedy(1))];
+    check(&few, &requests, &["0+3 0+3.", "3+1 3+2.", "4+1 5+2.", "5+1 7+2.", "6+1 9+1"]);
+}
+
+#[test]
 fn admission_is_first_come_first_served() {
     let seats = EngineConfig { max_num_seqs: 2, ..budget(100) };
     check(&seats, &[(1, greedy(2)), (2, greedy(1)), (3, greedy(1))], &["0+1 0+2", "1+1 0+3"]);

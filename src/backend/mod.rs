@@ -199,10 +199,10 @@ impl Backend {
         Ok(LayerKv { pages: pages? })
     }
 
-    /// Bytes of memory that the device has, where it tells.
+    /// Bytes of the device's memory that this process may use, where the system tells.
     #[must_use]
     pub fn memory_bytes(&self) -> Option<usize> {
-        cpu::physical_memory()
+        cpu::memory_limit()
     }
 
     /// Bytes that one cached token of one layer takes.

@@ -7,6 +7,7 @@ pub mod thread;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Instant;
 
 use stats::Stats;
@@ -72,6 +73,8 @@ pub struct Engine<F> {
     /// Set by a failed step: the engine does nothing any more.
     failure: Option<Error>,
     counters: Counters,
+    /// When the last sign of life came, in milliseconds since the start.
+    heartbeat: Arc<AtomicU64>,
 }
 
 #[derive(Debug, Default)]
@@ -96,6 +99,7 @@ impl<F: Forward> Engine<F> {
             events: Vec::new(),
             failure: None,
             counters: Counters::default(),
+            heartbeat: Arc::default(),
         })
     }
 
@@ -229,7 +233,8 @@ impl<F: Forward> Engine<F> {
         }
         let is_masked = self.begin_masks()?;
         let chunks: Vec<_> = self.scheduler.running().iter().filter_map(Sequence::chunk).collect();
-        let logits = self.forward.forward(&Step { chunks })?;
+        let beat = || self.heartbeat.store(self.start.elapsed().as_millis() as u64, Relaxed);
+        let logits = self.forward.forward(&Step { chunks }, &beat)?;
         if is_masked {
             self.finish_masks()?;
         }
@@ -360,6 +365,8 @@ impl Drawn {
         sequence.metrics.first_token_time.get_or_insert(now);
         let reason = sequence.push(self.token, eos, limit);
         let mut event = match reason {
+            // It was not taken: no token goes with the error.
+            Some(reason @ FinishReason::Error(_)) => return last_event(sequence, reason, now),
             Some(reason) => last_event(sequence, reason, now),
             None => Event::new(sequence.id()),
         };

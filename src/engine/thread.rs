@@ -5,7 +5,8 @@
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -17,6 +18,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::scheduler::check_prompt;
 use crate::sequence::SampleMetrics;
 use crate::step::Forward;
+
+/// How often a wait for the model is interrupted to ask whether to go on.
+const INTERRUPT_POLL: Duration = Duration::from_millis(100);
 
 /// A running engine. Every method may be called from any thread; dropping it closes the engine.
 #[derive(Debug)]
@@ -42,8 +46,10 @@ struct Shared {
     start: Instant,
     outbox: Mutex<Outbox>,
     filled: Condvar,
-    /// As of the end of the last turn of the loop.
+    /// As of the last time that the loop came around.
     stats: Mutex<Stats>,
+    /// The engine's, in milliseconds.
+    heartbeat: Arc<AtomicU64>,
 }
 
 #[derive(Debug, Default)]
@@ -57,9 +63,13 @@ struct Outbox {
 
 impl EngineHandle {
     /// Starts the thread, and on it makes the model with `load`; returns when that is done.
-    pub fn start<F: Forward>(
+    ///
+    /// Meanwhile `interrupted` is asked ten times a second; its error ends the wait, and the engine
+    /// as soon as `load` returns.
+    pub fn start<F: Forward, E: From<Error>>(
         load: impl FnOnce() -> Result<(F, EngineConfig)> + Send + 'static,
-    ) -> Result<Self> {
+        mut interrupted: impl FnMut() -> std::result::Result<(), E>,
+    ) -> std::result::Result<Self, E> {
         let (commands, inbox) = mpsc::channel();
         let (loaded, load_result) = mpsc::channel();
         let shared = Arc::new(Shared {
@@ -67,28 +77,22 @@ impl EngineHandle {
             outbox: Mutex::default(),
             filled: Condvar::new(),
             stats: Mutex::default(),
+            heartbeat: Arc::default(),
         });
         let its_shared = shared.clone();
-        let thread = std::thread::Builder::new().name("astrai-engine".into()).spawn(move || {
-            let made = catch_unwind(AssertUnwindSafe(|| {
-                load().and_then(|(forward, config)| Engine::new(forward, config))
-            }));
-            match made.unwrap_or_else(|panic| Err(panic_error(panic.as_ref()))) {
-                Ok(mut engine) => {
-                    // One clock for the times of submission and of everything after.
-                    engine.start = its_shared.start;
-                    its_shared.publish(&engine);
-                    // The caller cannot have gone: it waits for this.
-                    let _ = loaded.send(Ok(engine.config().clone()));
-                    its_shared.run(engine, &inbox);
-                }
-                Err(error) => {
-                    let _ = loaded.send(Err(error));
+        let thread = std::thread::Builder::new()
+            .name("astrai-engine".into())
+            .spawn(move || its_shared.load_and_run(load, &loaded, &inbox))
+            .map_err(Error::from)?;
+        let config = loop {
+            match load_result.recv_timeout(INTERRUPT_POLL) {
+                Ok(config) => break config,
+                Err(RecvTimeoutError::Timeout) => interrupted()?,
+                Err(RecvTimeoutError::Disconnected) => {
+                    break Err(Error::bug("the engine thread has died"));
                 }
             }
-        })?;
-        let config =
-            load_result.recv().unwrap_or_else(|_| Err(Error::bug("the engine thread has died")));
+        };
         match config {
             Ok(config) => {
                 let (thread, process) = (Mutex::new(Some(thread)), std::process::id());
@@ -96,7 +100,7 @@ impl EngineHandle {
             }
             Err(error) => {
                 let _ = thread.join();
-                Err(error)
+                Err(error.into())
             }
         }
     }
@@ -148,7 +152,8 @@ impl EngineHandle {
     /// Gauges and counters as of the end of the last step; never waits for one.
     #[must_use]
     pub fn stats(&self) -> Stats {
-        Stats { uptime_s: self.shared.now(), ..*lock(&self.shared.stats) }
+        let heartbeat_s = self.shared.heartbeat.load(Relaxed) as f64 / 1e3;
+        Stats { uptime_s: self.shared.now(), heartbeat_s, ..*lock(&self.shared.stats) }
     }
 
     /// The settings.
@@ -192,6 +197,32 @@ impl Drop for EngineHandle {
 }
 
 impl Shared {
+    /// The life of the thread. Nobody may be left to hear of the loaded model.
+    fn load_and_run<F: Forward>(
+        &self,
+        load: impl FnOnce() -> Result<(F, EngineConfig)>,
+        loaded: &Sender<Result<EngineConfig>>,
+        inbox: &Receiver<Command>,
+    ) {
+        let made = catch_unwind(AssertUnwindSafe(|| {
+            load().and_then(|(forward, config)| Engine::new(forward, config))
+        }));
+        match made.unwrap_or_else(|panic| Err(panic_error(panic.as_ref()))) {
+            Ok(mut engine) => {
+                // One clock for the times of submission and of everything after.
+                engine.start = self.start;
+                engine.heartbeat = self.heartbeat.clone();
+                self.publish(&engine);
+                if loaded.send(Ok(engine.config().clone())).is_ok() {
+                    self.run(engine, inbox);
+                }
+            }
+            Err(error) => {
+                let _ = loaded.send(Err(error));
+            }
+        }
+    }
+
     /// Runs the engine until it is closed or fails, then closes the outbox, whatever happens.
     fn run<F: Forward>(&self, mut engine: Engine<F>, inbox: &Receiver<Command>) {
         let turns = catch_unwind(AssertUnwindSafe(|| while self.turn(&mut engine, inbox) {}));
@@ -227,6 +258,7 @@ impl Shared {
                 return false;
             }
         }
+        self.publish(engine);
         let events = engine.step();
         self.publish(engine);
         if !events.is_empty() {
@@ -237,8 +269,8 @@ impl Shared {
     }
 
     fn publish<F: Forward>(&self, engine: &Engine<F>) {
-        let stats = Stats { heartbeat_s: self.now(), ..engine.stats() };
-        *lock(&self.stats) = stats;
+        self.heartbeat.store(self.start.elapsed().as_millis() as u64, Relaxed);
+        *lock(&self.stats) = engine.stats();
     }
 
     fn now(&self) -> f64 {

@@ -23,6 +23,9 @@ pub const MAX_SOURCE_BYTES: usize = 1 << 18;
 /// Deepest nesting of brackets in a regular expression or Lark grammar: their parsers recurse.
 pub const MAX_NESTING: usize = 200;
 
+/// Most ids that the parser's trie can hold.
+const MAX_VOCABULARY: usize = 1 << 21;
+
 /// Longest token that the parser's trie can hold; longer ones are never allowed by a grammar.
 const MAX_TOKEN_BYTES: usize = 1000;
 
@@ -60,6 +63,11 @@ impl GrammarCompiler {
         vocab_size: usize,
     ) -> Result<Self> {
         eos_token_ids.retain(|&id| (id as usize) < vocab_size);
+        if vocab_size > MAX_VOCABULARY {
+            return Err(Error::invalid(format!(
+                "structured outputs allow {MAX_VOCABULARY} ids; given: {vocab_size}"
+            )));
+        }
         let Some(&first) = eos_token_ids.first() else {
             return Err(Error::unsupported(
                 "structured outputs need an end-of-text id, and this model names none",
@@ -67,8 +75,11 @@ impl GrammarCompiler {
         };
         let mut words: Vec<Vec<u8>> = tokens.into_iter().map(text).collect();
         words.resize(vocab_size, Vec::new());
-        for id in special {
-            if let Some(word) = words.get_mut(id as usize) {
+        // An end-of-text token ends the text, whatever its bytes are.
+        for id in special.into_iter().chain(eos_token_ids.iter().copied()) {
+            if let Some(word) = words.get_mut(id as usize)
+                && word.first().is_some_and(|&byte| byte != TokTrie::SPECIAL_TOKEN_MARKER)
+            {
                 word.insert(0, TokTrie::SPECIAL_TOKEN_MARKER);
             }
         }
@@ -76,7 +87,13 @@ impl GrammarCompiler {
         let trie = TokTrie::from(&info, &words).with_eos_tokens(&eos_token_ids);
         let mut factory = ParserFactory::new_simple(&(Arc::new(ApproximateTokEnv::new(trie)) as _))
             .map_err(|error| Error::bug(format!("structured outputs: {error}")))?;
-        factory.quiet().limits_mut().verbose_errors = false;
+        let limits = factory.quiet().limits_mut();
+        limits.verbose_errors = false;
+        // A mask may take some 5 ms, and a sample's lexer some 50 MB, before its request fails: all
+        // others wait for it.
+        limits.step_lexer_fuel = 60_000;
+        limits.step_max_items = 25_000;
+        limits.max_lexer_states = 25_000;
         Ok(Self { factory })
     }
 
@@ -87,7 +104,7 @@ impl GrammarCompiler {
             catch_unwind(AssertUnwindSafe(|| Matcher::new(self.factory.create_parser(grammar))));
         let matcher = made.map_err(|_| Error::bug("the grammar compiler panicked"))?;
         match matcher.get_error() {
-            None => Ok(Grammar(matcher)),
+            None => Ok(Grammar(Arc::new(matcher))),
             Some(message) => Err(Error::invalid(plain(&message))),
         }
     }
@@ -173,20 +190,15 @@ fn plain(message: &str) -> String {
     message.split("\n<").next().unwrap_or(message).trim().to_owned()
 }
 
-/// A compiled grammar at its start. Many requests may begin from one.
-pub struct Grammar(Matcher);
+/// A compiled grammar at its start. Any number of samples may begin from one.
+#[derive(Clone)]
+pub struct Grammar(Arc<Matcher>);
 
 impl Grammar {
-    /// The state of one sample's output before its first token. States share nothing.
+    /// The state of one sample's output before its first token.
     #[must_use]
     pub fn start(&self) -> GrammarState {
-        GrammarState { matcher: self.0.deep_clone(), mask: None }
-    }
-}
-
-impl Clone for Grammar {
-    fn clone(&self) -> Self {
-        Self(self.0.deep_clone())
+        GrammarState { start: self.clone(), matcher: None, mask: None }
     }
 }
 
@@ -198,14 +210,17 @@ impl fmt::Debug for Grammar {
 
 /// Where one sample's output stands in its grammar.
 pub struct GrammarState {
-    matcher: Matcher,
+    start: Grammar,
+    /// From the first mask on: samples that wait take no memory. It shares nothing with others.
+    matcher: Option<Matcher>,
     mask: Option<SimpleVob>,
 }
 
 impl GrammarState {
     /// Finds out which tokens may come next; [`Self::mask`] has them.
     pub fn prepare(&mut self) {
-        self.mask = self.matcher.compute_mask_or_eos().ok();
+        let matcher = self.matcher.get_or_insert_with(|| self.start.0.deep_clone());
+        self.mask = matcher.compute_mask_or_eos().ok();
     }
 
     /// The tokens that may come next, one bit each, from the lowest bit of the first word on.
@@ -219,16 +234,18 @@ impl GrammarState {
     /// Takes the token that came; true where the output is complete with it and nothing can follow.
     pub fn advance(&mut self, token: u32) -> Result<bool> {
         self.mask = None;
-        self.matcher.consume_token(token).map_err(|_| self.error())?;
-        if self.matcher.is_stopped() && !self.matcher.stop_reason().is_ok() {
-            return Err(self.error());
+        let matcher = self.matcher.get_or_insert_with(|| self.start.0.deep_clone());
+        let is_taken = matcher.consume_token(token).is_ok();
+        let is_stopped = matcher.is_stopped();
+        if is_taken && (!is_stopped || matcher.stop_reason().is_ok()) {
+            return Ok(is_stopped);
         }
-        Ok(self.matcher.is_stopped())
+        Err(self.error())
     }
 
     fn error(&self) -> Error {
-        let message =
-            self.matcher.get_error().unwrap_or_else(|| self.matcher.stop_reason().to_string());
+        let matcher = self.matcher.as_ref().unwrap_or(&self.start.0);
+        let message = matcher.get_error().unwrap_or_else(|| matcher.stop_reason().to_string());
         Error::invalid(format!("structured_outputs: {}", plain(&message)))
     }
 }

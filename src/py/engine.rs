@@ -35,13 +35,15 @@ impl Engine {
     #[pyo3(signature = (path, **options))]
     fn new(py: Python<'_>, path: PathBuf, options: Option<&Bound<'_, PyDict>>) -> PyResult<Self> {
         let options = EngineOptions::read(options)?;
-        Ok(py.detach(|| {
+        py.detach(|| {
             let dtype = options.dtype.name();
             let backend = options.backend()?;
             let num_threads = backend.num_threads();
-            let handle = EngineHandle::start(move || options.load(&path, backend))?;
-            Result::Ok(Self { handle, device: "cpu", dtype, num_threads })
-        })?)
+            #[expect(clippy::redundant_closure_for_method_calls, reason = "of every lifetime")]
+            let signals = || Python::attach(|py| py.check_signals());
+            let handle = EngineHandle::start(move || options.load(&path, backend), signals)?;
+            Ok(Self { handle, device: "cpu", dtype, num_threads })
+        })
     }
 
     /// Queue a request and return its id.
@@ -118,6 +120,11 @@ impl Engine {
     }
 
     #[getter]
+    fn max_num_seqs(&self) -> usize {
+        self.handle.config().max_num_seqs
+    }
+
+    #[getter]
     fn kv_cache_tokens(&self) -> usize {
         self.handle.config().num_blocks * crate::config::BLOCK_SIZE
     }
@@ -135,6 +142,13 @@ impl Engine {
     #[getter]
     fn num_threads(&self) -> usize {
         self.num_threads
+    }
+}
+
+impl Drop for Engine {
+    /// Other threads go on while the last step ends.
+    fn drop(&mut self) {
+        Python::attach(|py| py.detach(|| self.handle.close()));
     }
 }
 
@@ -207,9 +221,9 @@ impl Event {
     }
 
     #[getter]
-    fn error(&self) -> Option<(String, String)> {
+    fn error(&self) -> Option<(&'static str, String)> {
         match &self.0.finish.as_ref()?.reason {
-            FinishReason::Error(error) => Some((format!("{:?}", error.kind()), error.to_string())),
+            FinishReason::Error(error) => Some((error.kind().name(), error.to_string())),
             _ => None,
         }
     }

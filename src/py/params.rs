@@ -14,6 +14,9 @@ use crate::error::{Error, Result};
 use crate::runner::{CapacityRequest, Runner};
 use crate::sampler::SamplingOptions;
 
+/// On a CPU a step of so many tokens takes a few times as long as one of a single token.
+const PREFILL_BESIDE_DECODE: usize = 32;
+
 /// The keyword arguments of `Engine`, checked as far as that is possible without the model.
 #[derive(Debug)]
 pub(super) struct EngineOptions {
@@ -73,6 +76,7 @@ impl EngineOptions {
             max_model_len: capacity.max_model_len,
             max_num_seqs: self.capacity.max_num_seqs,
             max_num_batched_tokens: self.max_num_batched_tokens,
+            prefill_beside_decode: PREFILL_BESIDE_DECODE,
             num_blocks: capacity.num_blocks,
             enable_prefix_caching: self.enable_prefix_caching,
             seed: self.seed.unwrap_or_else(random_seed),

@@ -163,6 +163,12 @@ fn change(row: &Row<'_>, eos: &[u32], state: &mut SampleState, changed: &mut Vec
     forbid(row, eos, changed);
     if let Some(mask) = row.mask {
         keep(mask, changed);
+        if !eos.iter().any(|&id| is_set(mask, id)) {
+            // The output is not complete: nothing may end it.
+            for &id in &params.stop_token_ids {
+                changed[id as usize] = FORBIDDEN;
+            }
+        }
     }
     if params.penalises() {
         state.count(row);
@@ -188,6 +194,10 @@ fn forbid(row: &Row<'_>, eos: &[u32], changed: &mut [f32]) {
             changed[last as usize] = FORBIDDEN;
         }
     }
+}
+
+fn is_set(mask: &[u32], id: u32) -> bool {
+    mask.get(id as usize / 32).is_some_and(|bits| bits >> (id % 32) & 1 == 1)
 }
 
 /// Forbids every id whose bit in `mask` is not set.

@@ -78,7 +78,8 @@ impl Fake {
 }
 
 impl Forward for Fake {
-    fn forward(&mut self, step: &Step<'_>) -> Result<Logits> {
+    fn forward(&mut self, step: &Step<'_>, beat: &dyn Fn()) -> Result<Logits> {
+        beat();
         std::thread::sleep(self.pause);
         self.num_steps += 1;
         let fault = self.fault.filter(|&(at, _)| at == self.num_steps).map(|(_, fault)| fault);
@@ -163,6 +164,7 @@ pub fn config() -> EngineConfig {
         max_model_len: 128,
         max_num_seqs: 256,
         max_num_batched_tokens: 2048,
+        prefill_beside_decode: 2048,
         num_blocks: 1024,
         enable_prefix_caching: true,
         seed: 7,

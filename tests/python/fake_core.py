@@ -37,6 +37,7 @@ class FakeCore:
     """As much of `_core.Engine` as a request needs. `script(request id)` gives a new request's events."""
 
     vocab_size, max_model_len, num_threads, kv_cache_tokens = 256, 512, 1, 4096
+    max_num_seqs = 256
     device, dtype = "cpu", "float32"
     script = staticmethod(lambda request_id: [])
 

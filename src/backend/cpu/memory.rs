@@ -5,7 +5,7 @@ use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ptr::NonNull;
 
 /// Bytes of memory that the machine has, where the system tells.
-pub(crate) fn physical_memory() -> Option<usize> {
+pub(super) fn physical_memory() -> Option<usize> {
     #[cfg(unix)]
     {
         // SAFETY: `sysconf` only returns a number.

@@ -7,6 +7,7 @@ mod gemm;
 mod lanes;
 mod linear;
 mod memory;
+mod memory_limit;
 mod pack;
 mod pool;
 mod rope;
@@ -19,7 +20,7 @@ use std::sync::Mutex;
 
 pub(crate) use attention::{Attention, attention};
 pub(crate) use linear::linear;
-pub(crate) use memory::physical_memory;
+pub(crate) use memory_limit::memory_limit;
 pub(crate) use pack::{Packed, pack};
 pub(crate) use rope::{Rope, rope, write_pages};
 pub(crate) use rows::{add_rms_norm, gated_silu, rms_norm, sigmoid_gate};
