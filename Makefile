@@ -20,7 +20,7 @@ $(VENV)/.ready: pyproject.toml
 	touch $@
 
 develop: $(VENV)/.ready ## Build the extension (release) and install the package with its extras in .venv
-	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/maturin develop --release --extras cli
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/maturin develop --release --extras cli,server
 
 run: develop ## Build, install and let the embedded model answer PROMPT="…"
 	$(BIN)/astrai-rs run "$(PROMPT)"

@@ -52,6 +52,11 @@ class Dispatcher:
                 "make an Engine in the child, or use multiprocessing's 'spawn'"
             )
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the core still takes requests."""
+        return self._failure is None
+
     def submit(self, sink: Sink, prompt_token_ids: list[int], arguments: dict[str, Any]) -> int:
         """Submit to the core; the request's events go to `sink`."""
         with self._lock:

@@ -23,7 +23,7 @@ from astrai_rs.request import (
     check_ids,
     core_arguments,
 )
-from astrai_rs.stream import AsyncTokenStream, Prepared, RequestGroup, TokenStream
+from astrai_rs.stream import AsyncRequestGroup, AsyncTokenStream, Prepared, RequestGroup, TokenStream
 from astrai_rs.tokenizer import AutoTokenizer
 
 Prompt = str | Sequence[int]
@@ -199,6 +199,34 @@ class Engine:
         request, arguments = self._request(prompt, _params(sampling_params))
         return AsyncTokenStream(self._dispatcher, sink, request, arguments)
 
+    def astream_group(
+        self, prompts: Sequence[Prompt], sampling_params: Sequence[SamplingParams]
+    ) -> AsyncRequestGroup:
+        """`astream` for several prompts at once: `async for index, piece in …`, as pieces come."""
+        sink = self._dispatcher.loop_sink(asyncio.get_running_loop())
+        pairs = zip(prompts, sampling_params, strict=True)
+        return AsyncRequestGroup(self._dispatcher, sink, [self._request(prompt, p) for prompt, p in pairs])
+
+    def compile_grammars(self, sampling_params: Iterable[SamplingParams]) -> None:
+        """Compile what `structured_outputs` ask for, so that submitting these parameters takes no time."""
+        for params in sampling_params:
+            if params.structured_outputs is not None:
+                self._grammars.compile(StructuredOutputsParams.of(params.structured_outputs))
+
+    def id_to_text(self, token_id: int) -> str:
+        """One token alone as text, special tokens included. ValueError without a tokenizer."""
+        if self._codec is None:
+            raise ValueError("this model has no tokenizer")
+        return self._codec.id_to_text(token_id)
+
+    def token_bytes(self) -> list[bytes]:
+        """What each id adds to a text, in UTF-8; empty for ids without text.
+
+        Raises:
+            NotImplementedError: the tokenizer is of a kind whose tokens have no bytes of their own.
+        """
+        return self._grammars.token_bytes()
+
     def stats(self) -> dict[str, float | int]:
         """Counters and gauges: num_requests_running, num_requests_waiting, kv_blocks_used, kv_blocks_total,
         kv_blocks_cached, prefix_cache_queries, prefix_cache_hits, preemptions, prompt_tokens_total,
@@ -234,6 +262,16 @@ class Engine:
     def max_model_len(self) -> int:
         """The most tokens of prompt and output together."""
         return self._core.max_model_len
+
+    @property
+    def max_num_seqs(self) -> int:
+        """The most sequences in one step."""
+        return self._core.max_num_seqs
+
+    @property
+    def is_running(self) -> bool:
+        """Whether requests are taken: not after `close`, nor after a failed step."""
+        return self._dispatcher.is_running
 
     @property
     def device(self) -> str:

@@ -47,6 +47,10 @@ class Grammars:
     def _compile_source(self, kind: str, source: str, any_whitespace: bool) -> _core.Grammar:
         return self._made().compile(kind, source, any_whitespace=any_whitespace)
 
+    def token_bytes(self) -> list[bytes]:
+        """The vocabulary as `token_bytes` gives it."""
+        return token_bytes(_backend(self._tokenizer))
+
     def _made(self) -> _core.GrammarCompiler:
         with self._lock:
             if self._compiler is None:

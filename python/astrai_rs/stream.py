@@ -188,6 +188,11 @@ class AsyncRequestGroup:
             self.close()
             raise
 
+    def fail(self, error: BaseException) -> None:
+        """Make the next wait for a piece raise `error`, after the pieces that are here already."""
+        if self._live:
+            self._mailbox.receive(error)
+
     def close(self) -> None:
         """Abort what still runs; no more pieces come. Idempotent."""
         while self._live:

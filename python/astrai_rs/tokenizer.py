@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from astrai_rs import gguf_tokenizer
 from astrai_rs._core import CheckpointError
 from astrai_rs.chat_template import ChatTemplate
+from astrai_rs.control_tokens import mark_control_tokens
 from astrai_rs.model import read_json, resolve
 
 if TYPE_CHECKING:
@@ -234,26 +235,72 @@ class AutoTokenizer:
         """
         if isinstance(tools, str):
             tools, system_prompt = None, tools
-        template = self._template(chat_template)
         batch = bool(messages) and isinstance(messages[0], (list, tuple))
-        texts = []
-        for conversation in messages if batch else [messages]:
-            if isinstance(conversation, (str, Mapping)):  # unpacking would hide what it is
-                raise TypeError(f"messages must be a list of dicts, not {type(conversation).__name__}")
-            first = [{"role": "system", "content": system_prompt}] if system_prompt else []
-            texts.append(
-                template.render(
-                    [*first, *conversation],
-                    tools=tools,
-                    add_generation_prompt=add_generation_prompt and not continue_final_message,
-                    continue_final_message=continue_final_message,
-                    **kwargs,
-                )
+        texts = [
+            self._render(
+                conversation,
+                tools,
+                system_prompt,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt and not continue_final_message,
+                continue_final_message=continue_final_message,
+                **kwargs,
             )
+            for conversation in (messages if batch else [messages])
+        ]
         out: list[Any] = texts
         if tokenize:
             out = self.encode(texts, add_special_tokens=self._astrai)
         return out if batch else out[0]
+
+    def chat_prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        system_prompt: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        sanitize_control_tokens: bool = False,
+        **kwargs: Any,
+    ) -> tuple[str, list[int]]:
+        """One conversation as text and as ids; arguments and errors as `apply_chat_template`.
+
+        Args:
+            sanitize_control_tokens: control tokens in messages and tools become the ids of plain text.
+        """
+        mark = None
+        if sanitize_control_tokens:
+            given = [list(messages), tools, system_prompt]
+            (messages, tools, system_prompt), mark = mark_control_tokens(given, self.control_token_ids)
+        text = self._render(
+            messages,
+            tools,
+            system_prompt,
+            add_generation_prompt=add_generation_prompt and not continue_final_message,
+            continue_final_message=continue_final_message,
+            **kwargs,
+        )
+        if mark is None:
+            return text, self.encode(text, add_special_tokens=self._astrai)
+        first, *rest = text.split(mark)
+        parts = [self.encode(first, add_special_tokens=self._astrai), *self.encode(rest, False)]
+        return text.replace(mark, ""), [token_id for part in parts for token_id in part]
+
+    def _render(
+        self,
+        conversation: Any,
+        tools: Sequence[Mapping[str, Any]] | None,
+        system_prompt: str | None,
+        *,
+        chat_template: str | None = None,
+        **options: Any,
+    ) -> str:
+        template = self._template(chat_template)
+        if isinstance(conversation, (str, Mapping)):  # unpacking would hide what it is
+            raise TypeError(f"messages must be a list of dicts, not {type(conversation).__name__}")
+        first = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        return template.render([*first, *conversation], tools=tools, **options)
 
     def _template(self, choice: str | None) -> ChatTemplate:
         own = self.chat_template
@@ -265,6 +312,12 @@ class AutoTokenizer:
                 "the model has no chat template: pass text, or set one with tokenizer.set_chat_template(...)"
             )
         return own
+
+    @cached_property
+    def control_token_ids(self) -> dict[str, int]:
+        """The special tokens, which no user's text should turn into: literal → id."""
+        added = self._backend.get_added_tokens_decoder()
+        return {token.content: token_id for token_id, token in added.items() if token.special}
 
     @cached_property
     def vocab_size(self) -> int:

@@ -1,0 +1,229 @@
+"""`create_app`: the routes. Each reads a request, asks the engine, and hands the answer to a converter."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from importlib import resources
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, Response
+
+from astrai_rs import _core
+from astrai_rs.engine import Engine
+from astrai_rs.server import astrai, errors, tokens
+from astrai_rs.server.chat import ChatPlan, ChatReply, ChatRequest
+from astrai_rs.server.completions import CompletionReply, CompletionRequest, params_of, prompts_of
+from astrai_rs.server.errors import ApiError, invalid
+from astrai_rs.server.generation import ClientLeft
+from astrai_rs.server.messages import spelled_out, template_messages, template_tools
+from astrai_rs.server.middleware import Gate
+from astrai_rs.server.settings import ServerSettings
+from astrai_rs.server.state import ServerState
+from astrai_rs.server.tools import detect_format, detect_reasoning
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"description": text, "content": {"application/json": {"schema": {"type": "object"}}}}
+    for status, text in {
+        400: "A field is wrong or not supported; `error.param` names it.",
+        401: "No API key, or a wrong one.",
+        404: "No such model.",
+        408: "The body did not arrive in time.",
+        413: "The body is too large.",
+        421: "A host name that is not this server's.",
+        429: "The queue is full; try again after `Retry-After` seconds.",
+        500: "A fault of the server.",
+        503: "The server is shutting down, or the engine has stopped.",
+    }.items()
+}
+
+_CSP = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_PAGE = {
+    "/": ("index.html", "text/html; charset=utf-8"),
+    "/app.js": ("app.js", "text/javascript; charset=utf-8"),
+    "/style.css": ("style.css", "text/css; charset=utf-8"),
+}
+
+
+def create_app(engine: Engine, settings: ServerSettings | None = None) -> FastAPI:
+    """An ASGI app over an engine, which stays the caller's to close. `app.state.server` is its state."""
+    settings = settings or ServerSettings()
+    state = ServerState(engine, settings)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        state.draining = True
+        state.end_all()
+
+    app = FastAPI(
+        title="astrai_rs",
+        version=_core.__version__,
+        description="OpenAI-compatible inference server.",
+        lifespan=lifespan,
+        responses=_ERRORS,
+        docs_url=None,  # Swagger's page loads scripts from a foreign host
+        redoc_url=None,
+    )
+    app.state.server = state
+    errors.install(app)
+    app.add_exception_handler(ClientLeft, _nobody)
+    app.add_middleware(Gate, settings=settings, state=state)
+    if settings.allowed_origins:
+        origins = list(settings.allowed_origins)
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+    _service_routes(app, state)
+    _openai_routes(app, state)
+    tokens.add_routes(app, state)
+    astrai.add_routes(app, state)
+    return app
+
+
+async def _nobody(_: Request, __: Exception) -> Response:
+    return Response(status_code=499)  # as nginx logs it; nobody reads it
+
+
+def _service_routes(app: FastAPI, state: ServerState) -> None:
+    @app.get("/health", tags=["service"])
+    async def health() -> JSONResponse:
+        """200 while the engine steps; 503 with the reason otherwise."""
+        fault = state.health()
+        ok = fault is None
+        body = {"status": "ok" if ok else "error", "model_loaded": True, "engine_ready": ok}
+        return JSONResponse(body if ok else {**body, "message": fault}, 200 if ok else 503)
+
+    @app.get("/version", tags=["service"])
+    async def version() -> dict[str, str]:
+        return {"version": _core.__version__}
+
+    @app.get("/metrics", tags=["service"])
+    async def metrics() -> Response:
+        """Prometheus' text format."""
+        return Response(state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    for path, (name, media_type) in _PAGE.items():
+        _page_route(app, path, name, media_type)
+
+
+def _page_route(app: FastAPI, path: str, name: str, media_type: str) -> None:
+    @app.get(path, include_in_schema=False)
+    async def page() -> Response:
+        file = resources.files("astrai_rs.server") / "page" / name
+        if not file.is_file():
+            raise ApiError(404, "this installation has no chat page")
+        headers = {"content-security-policy": _CSP, "cache-control": "no-cache"}
+        return Response(file.read_bytes(), media_type=media_type, headers=headers)
+
+
+def _openai_routes(app: FastAPI, state: ServerState) -> None:
+    @app.get("/v1/models", tags=["openai"])
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_model(state, name) for name in state.settings.model_names]}
+
+    @app.get("/v1/models/{name:path}", tags=["openai"])
+    async def model(name: str) -> dict[str, Any]:
+        state.check_model(name)
+        return _model(state, name)
+
+    @app.post("/v1/completions", tags=["openai"])
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        state.check_model(body.model)
+        params = params_of(body, state.settings)
+        prompts = prompts_of(body, state.settings)
+        ids = await state.call(encoded, state, prompts, body.add_special_tokens)
+        texts = [_prompt_text(state, prompt) for prompt in prompts] if body.echo else []
+        id_to_text = None if state.engine.tokenizer is None else state.engine.id_to_text
+        reply = CompletionReply(body, texts, state.settings.model_names[0], id_to_text)
+        generation = await state.start(ids, [params] * len(ids))
+        if body.stream:
+            return state.stream(reply.stream(generation))
+        await generation.finish(request)
+        return JSONResponse(reply.whole(generation))
+
+    @app.post("/v1/chat/completions", tags=["openai"])
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        state.check_model(body.model)
+        plan = chat_plan(state, body)
+        ids = await state.call(chat_prompt, state, plan)
+        params = plan.params(state.settings)
+        token_bytes = await state.call(lambda: state.token_bytes) if body.logprobs else []
+        reply = ChatReply(plan, state.settings.model_names[0], token_bytes)
+        generation = await state.start([ids], [params])
+        if body.stream:
+            return state.stream(reply.stream(generation))
+        await generation.finish(request)
+        return JSONResponse(reply.whole(generation))
+
+
+def _model(state: ServerState, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": state.created,
+        "owned_by": "astrai_rs",
+        "max_model_len": state.engine.max_model_len,
+    }
+
+
+def encoded(
+    state: ServerState, prompts: Sequence[str | list[int]], add_special_tokens: bool
+) -> list[list[int]]:
+    """Prompts as ids."""
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    ids = iter(state.tokenizer.encode(texts, add_special_tokens) if texts else [])
+    return [next(ids) if isinstance(prompt, str) else prompt for prompt in prompts]
+
+
+def _prompt_text(state: ServerState, prompt: str | list[int]) -> str:
+    return prompt if isinstance(prompt, str) else state.tokenizer.decode(prompt, skip_special_tokens=False)
+
+
+def chat_plan(state: ServerState, body: ChatRequest) -> ChatPlan:
+    """How the answer to a chat request is to be read."""
+    if len(body.messages) > state.settings.max_messages:
+        message = f"messages may be at most {state.settings.max_messages} on this server"
+        raise invalid(f"{message}; given: {len(body.messages)}", param="messages")
+    source = template_source(state)
+    return ChatPlan(
+        body,
+        tool_format=detect_format(source),
+        reasoning=detect_reasoning(source),
+        token_ids=state.tokenizer.control_token_ids,
+    )
+
+
+def template_source(state: ServerState) -> str:
+    """The chat template's text; of several, all."""
+    template = getattr(state.tokenizer, "chat_template", None)
+    if template is None:
+        raise invalid("this model has no chat template; use /v1/completions", code="unsupported")
+    source = template.source
+    return source if isinstance(source, str) else "\n".join(source.values())
+
+
+def chat_prompt(state: ServerState, plan: ChatPlan) -> list[int]:
+    """The conversation as ids. Notes in the plan where the answer begins."""
+    body = plan.body
+    messages = template_messages(body.messages)
+    tools = template_tools(plan.tools)
+    if tools and plan.spells_out_tools:
+        messages, tools = spelled_out(messages, tools), []
+    options = dict(body.chat_template_kwargs or {})
+    if body.reasoning_effort is not None:
+        options.setdefault("reasoning_effort", body.reasoning_effort)
+    text, ids = state.tokenizer.chat_prompt(
+        messages,
+        tools=tools or None,
+        system_prompt=body.system_prompt,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        sanitize_control_tokens=state.settings.sanitize_control_tokens,
+        **options,
+    )
+    plan.read_prompt(text)
+    return ids

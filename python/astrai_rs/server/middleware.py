@@ -1,0 +1,175 @@
+"""What every request passes: request id, host, key, size and time of the body, access log."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import time
+import uuid
+from collections.abc import Iterable
+from typing import Protocol
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from astrai_rs.server.errors import ApiError, busy
+from astrai_rs.server.settings import ServerSettings
+
+access_log = logging.getLogger("astrai_rs.access")
+
+_OPEN_PATHS = frozenset({"/health", "/", "/app.js", "/style.css"})
+"""No key: they tell nothing about the model or its users."""
+
+_SECURITY_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-store",
+}
+
+
+class Drainable(Protocol):
+    """What tells whether new requests are taken."""
+
+    @property
+    def draining(self) -> bool: ...
+
+
+class Gate:
+    """ASGI middleware. The body is read whole before the app sees the request."""
+
+    def __init__(self, app: ASGIApp, *, settings: ServerSettings, state: Drainable) -> None:
+        self._app = app
+        self._settings = settings
+        self._state = state
+        self._keys = [key.encode() for key in settings.api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(Headers(scope=scope).get("x-request-id"))
+        scope["state"]["request_id"] = request_id
+        start, status = time.perf_counter(), 500
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                for name, value in _SECURITY_HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        try:
+            try:
+                self._check(scope)
+                body = await self._body(scope, receive)
+            except ApiError as error:
+                await error.response()(scope, receive, send_with_headers)
+            else:
+                await self._app(scope, _replay(body, receive), send_with_headers)
+        finally:
+            _log(scope, request_id, status, time.perf_counter() - start)
+
+    def _check(self, scope: Scope) -> None:
+        """Whether the request may come in at all, before anything of its body is read."""
+        headers = Headers(scope=scope)
+        hosts = self._settings.allowed_hosts
+        host = _host(headers.get("host", ""))
+        if hosts and host not in hosts:
+            raise ApiError(421, f"this server does not answer for the host {host!r}", code="wrong_host")
+        path = scope["path"]
+        if self._keys and path not in _OPEN_PATHS and scope["method"] != "OPTIONS":
+            self._check_key(headers)
+        if self._state.draining and path != "/health":
+            raise busy("the server is shutting down", code="shutting_down")
+
+    def _check_key(self, headers: Headers) -> None:
+        kind, _, bearer = headers.get("authorization", "").partition(" ")
+        given = bearer.strip() if kind.lower() == "bearer" else headers.get("x-api-key", "")
+        # Every key is compared, so that the time tells nothing.
+        matches = [hmac.compare_digest(given.encode(), key) for key in self._keys]
+        if not any(matches):
+            what = "wrong API key" if given else "no API key: send it as 'Authorization: Bearer …'"
+            headers_out = {"WWW-Authenticate": "Bearer"}
+            raise ApiError(401, what, code="invalid_api_key", headers=headers_out)
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        limit = self._settings.max_body_bytes
+        length = Headers(scope=scope).get("content-length", "0")
+        if length.isdigit() and int(length) > limit:
+            raise _too_large(limit)
+        chunks: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(self._settings.body_timeout_s):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ApiError(400, "the client left before the body was complete")
+                    chunks.append(message.get("body", b""))
+                    size += len(chunks[-1])
+                    if size > limit:
+                        raise _too_large(limit)
+                    if not message.get("more_body", False):
+                        return b"".join(chunks)
+        except TimeoutError:
+            seconds = self._settings.body_timeout_s
+            message_text = f"the body did not arrive within {seconds:g} s"
+            raise ApiError(408, message_text, code="body_timeout", headers={"connection": "close"}) from None
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(
+        413,
+        f"the body may have at most {limit} bytes",
+        code="body_too_large",
+        headers={"connection": "close"},
+    )
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Give the body once, then what comes after it: the disconnect."""
+    sent = False
+
+    async def receive_again() -> Message:
+        nonlocal sent
+        if sent:
+            return await receive()
+        sent = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return receive_again
+
+
+def _host(header: str) -> str:
+    """The name in a Host header, without the port."""
+    if header.startswith("["):
+        return header.partition("]")[0].removeprefix("[").lower()
+    return header.partition(":")[0].lower()
+
+
+def _request_id(given: str | None) -> str:
+    """The client's own id if it is harmless in a log, else a new one."""
+    if given and len(given) <= 128 and given.isascii() and given.isprintable():
+        return given
+    return f"req-{uuid.uuid4().hex}"
+
+
+def _log(scope: Scope, request_id: str, status: int, seconds: float) -> None:
+    """One JSON object per request; without the query string, which may hold a prompt."""
+    if not access_log.isEnabledFor(logging.INFO):
+        return
+    client: Iterable[object] = scope.get("client") or ("-",)
+    fields = {
+        "request_id": request_id,
+        "client": next(iter(client)),
+        "method": scope["method"],
+        "path": scope["path"],
+        "status": status,
+        "ms": round(seconds * 1e3, 1),
+    }
+    access_log.info(json.dumps(fields))

@@ -1,0 +1,106 @@
+"""`ServerState`: what the routes of one app share."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import weakref
+from collections.abc import AsyncGenerator, Callable, Sequence
+from functools import cached_property
+from typing import Any, TypeVar
+
+from astrai_rs._core import EngineClosed
+from astrai_rs.engine import Engine
+from astrai_rs.request import SamplingParams
+from astrai_rs.server.errors import ApiError, busy
+from astrai_rs.server.generation import Generation
+from astrai_rs.server.metrics import Metrics
+from astrai_rs.server.settings import ServerSettings
+from astrai_rs.server.sse import EVENTS, StreamResponse
+from astrai_rs.tokenizer import AutoTokenizer
+
+Result = TypeVar("Result")
+
+
+class ServerState:
+    """The engine, its live generations, and whether new ones are taken. Used on one event loop only."""
+
+    def __init__(self, engine: Engine, settings: ServerSettings) -> None:
+        self.engine = engine
+        self.settings = settings
+        self.metrics = Metrics(engine, settings.model_names[0])
+        self.draining = False
+        self.created = int(time.time())
+        self._live: weakref.WeakSet[Generation] = weakref.WeakSet()
+        self._num_samples = 0
+        self._busy_since = 0.0
+
+    @property
+    def tokenizer(self) -> AutoTokenizer:
+        """The tokenizer; an error for a model that has none."""
+        if not isinstance(self.engine.tokenizer, AutoTokenizer):
+            raise ApiError(400, "this model has no tokenizer: only prompts of token ids are served")
+        return self.engine.tokenizer
+
+    @cached_property
+    def token_bytes(self) -> list[bytes]:
+        """Each id's bytes; empty where the tokenizer is of a kind whose tokens have none of their own."""
+        try:
+            return self.engine.token_bytes()
+        except NotImplementedError:
+            return []
+
+    def check_model(self, name: str | None) -> None:
+        """Clients may leave the name out."""
+        names = self.settings.model_names
+        if name is not None and name not in names:
+            message = f"the model {name!r} does not exist; served: {', '.join(names)}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    def stream(self, chunks: AsyncGenerator[bytes, None], media_type: str | None = None) -> StreamResponse:
+        """A streamed answer: events with keep-alives, or text of another type without."""
+        keep_alive_s = self.settings.keep_alive_s if media_type is None else None
+        return StreamResponse(chunks, keep_alive_s=keep_alive_s, media_type=media_type or EVENTS)
+
+    async def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """Run what takes long (tokenizing, compiling a grammar) on a thread."""
+        return await asyncio.to_thread(function, *arguments)
+
+    async def start(self, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> Generation:
+        """Submit the prompts together; an error if any of them is not possible."""
+        await self.call(self.engine.compile_grammars, params)
+        wanted = sum(one.n for one in params)
+        limit = self.engine.max_num_seqs + self.settings.max_queued
+        if self._num_samples and self._num_samples + wanted > limit:
+            message = f"the queue is full: {self._num_samples} samples are running or waiting"
+            raise busy(message, status=429, code="queue_full")
+        if not self._num_samples:
+            self._busy_since = time.monotonic()
+        generation = Generation(self.engine.astream_group(prompts, params), prompts, params, self.metrics)
+        self._num_samples += wanted
+        self._live.add(generation)
+        weakref.finalize(generation, self._release, wanted)
+        return generation
+
+    def _release(self, samples: int) -> None:
+        self._num_samples -= samples
+
+    @property
+    def num_live(self) -> int:
+        """Generations that still run."""
+        return sum(not generation.is_over for generation in self._live)
+
+    def end_all(self) -> None:
+        """End every live generation with an error: the time to drain is over."""
+        for generation in list(self._live):
+            generation.fail(EngineClosed("the server is shutting down"))
+
+    def health(self) -> str | None:
+        """None, or what is wrong with the engine."""
+        if not self.engine.is_running:
+            return "the engine has stopped"
+        stats = self.engine.stats()
+        silent = min(stats["uptime_s"] - stats["heartbeat_s"], time.monotonic() - self._busy_since)
+        if self.num_live and silent > self.settings.stuck_after_s:
+            return f"the engine has not finished a step for {silent:.1f} s"
+        return "the server is shutting down" if self.draining else None
