@@ -264,8 +264,9 @@ def open_engine(
     path = embedded_model() if model is None else model
     if not path:
         fail("no --model given, and no embedded one: pip install 'astrai_rs[demo]'", USAGE)
-    options = {"device": device, "dtype": dtype, "num_threads": threads, "max_model_len": max_model_len}
-    return Engine(path, **options, **limits)
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "num_threads": threads}
+    options |= {"max_model_len": max_model_len, **limits}
+    return Engine(path, **options)
 
 
 def prompt_ids(engine: Engine, messages: list[Any], *, raw: bool, text: str | None = None) -> list[int] | str:

@@ -185,9 +185,6 @@ def _prompt_text(state: ServerState, prompt: str | list[int]) -> str:
 
 def chat_plan(state: ServerState, body: ChatRequest) -> ChatPlan:
     """How the answer to a chat request is to be read."""
-    if len(body.messages) > state.settings.max_messages:
-        message = f"messages may be at most {state.settings.max_messages} on this server"
-        raise invalid(f"{message}; given: {len(body.messages)}", param="messages")
     source = template_source(state)
     return ChatPlan(
         body,
@@ -209,7 +206,7 @@ def template_source(state: ServerState) -> str:
 def chat_prompt(state: ServerState, plan: ChatPlan) -> list[int]:
     """The conversation as ids. Notes in the plan where the answer begins."""
     body = plan.body
-    messages = template_messages(body.messages)
+    messages = template_messages(body.messages, state.settings)
     tools = template_tools(plan.tools)
     if tools and plan.spells_out_tools:
         messages, tools = spelled_out(messages, tools), []

@@ -83,13 +83,13 @@ class CompletionReply(Reply):
         try:
             async for index, piece in generation:
                 choice = generation.choices[index]
-                text = piece.text
-                if self._body.echo and offsets[index] == 0 and len(choice.token_ids) == len(piece.token_ids):
-                    text = self._texts[choice.prompt] + text
-                delta: dict[str, Any] = {"index": index, "text": text, "logprobs": None}
+                is_first = len(choice.token_ids) == len(piece.token_ids)
+                echo = self._texts[choice.prompt] if self._body.echo and is_first else ""
+                delta: dict[str, Any] = {"index": index, "text": echo + piece.text, "logprobs": None}
                 if piece.logprobs is not None:
-                    delta["logprobs"] = self._logprobs(piece.token_ids, piece.logprobs, offsets[index])
-                offsets[index] += len(text)
+                    logprobs = self._logprobs(piece.token_ids, piece.logprobs, offsets[index])
+                    offsets[index] += sum(map(len, logprobs["tokens"]))
+                    delta["logprobs"] = logprobs
                 delta["finish_reason"] = piece.finish_reason
                 if piece.finish_reason is not None:
                     delta["stop_reason"] = piece.stop_reason

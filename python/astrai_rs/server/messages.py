@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field
 
 from astrai_rs.server.errors import invalid
 from astrai_rs.server.sampling import Wire
+from astrai_rs.server.settings import ServerSettings
 
 
 class TextPart(Wire):
@@ -74,12 +75,15 @@ class NamedTool(Wire):
 ToolChoice = Literal["none", "auto", "required"] | NamedTool
 
 
-def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+def template_messages(messages: Sequence[Message], settings: ServerSettings) -> list[dict[str, Any]]:
     """Messages as templates expect them: text as one string, tool arguments as objects.
 
     Raises:
-        ApiError: a part that is not text, or tool arguments that are not a JSON object.
+        ApiError: there are too many, a part that is not text, or tool arguments that are not a JSON object.
     """
+    if len(messages) > settings.max_messages:
+        text = f"messages may be at most {settings.max_messages} on this server"
+        raise invalid(f"{text}; given: {len(messages)}", param="messages")
     return [_template_message(i, message) for i, message in enumerate(messages)]
 
 

@@ -50,7 +50,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         request_id = _request_id(Headers(scope=scope).get("x-request-id"))
-        scope["state"]["request_id"] = request_id
+        scope.setdefault("state", {})["request_id"] = request_id
         start, status = time.perf_counter(), 500
 
         async def send_with_headers(message: Message) -> None:

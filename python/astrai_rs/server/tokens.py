@@ -37,7 +37,7 @@ def add_routes(app: FastAPI, state: ServerState) -> None:
             assert body.prompt is not None
             return state.tokenizer.encode(body.prompt, body.add_special_tokens)
         _, ids = state.tokenizer.chat_prompt(
-            template_messages(body.messages),
+            template_messages(body.messages, state.settings),
             add_generation_prompt=body.add_generation_prompt,
             sanitize_control_tokens=state.settings.sanitize_control_tokens,
         )
