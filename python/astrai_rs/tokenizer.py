@@ -163,6 +163,10 @@ class AutoTokenizer:
             add_special_tokens: what the tokenizer puts around text, such as a begin token.
             out_ids: False gives token strings in place of ids.
             is_pretokenized: each text is a list of words.
+
+        Raises:
+            TypeError: something else is given.
+            ValueError: a text is not valid Unicode.
         """
         single = isinstance(text, str) or (is_pretokenized and bool(text) and isinstance(text[0], str))
         if not single and not isinstance(text, (list, tuple)):
@@ -177,10 +181,13 @@ class AutoTokenizer:
             "add_special_tokens": add_special_tokens,
             "is_pretokenized": is_pretokenized,
         }
-        if single:
-            encoded = [self._backend.encode(texts[0], **options)]
-        else:
-            encoded = self._backend.encode_batch_fast(texts, **options)
+        try:
+            if single:
+                encoded = [self._backend.encode(texts[0], **options)]
+            else:
+                encoded = self._backend.encode_batch_fast(texts, **options)
+        except TypeError as error:  # of the right types as checked above
+            raise ValueError("the text holds half of a surrogate pair, which is no Unicode") from error
         out = [item.ids if out_ids else item.tokens for item in encoded]
         return out[0] if single else out
 

@@ -58,7 +58,8 @@ def raw(url: str, data: bytes, *, wait: float = LIMIT) -> bytes:
 @pytest.mark.parametrize("stream", [False, True])
 def test_leaving_cancels(url, engine, stream):
     body = json.dumps({**FOREVER, "n": 3, "stream": stream}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+    head += "Content-Type: application/json"
     address = urlsplit(url)
     with socket.create_connection((address.hostname, address.port)) as sock:
         sock.sendall(head.encode() + b"\r\n\r\n" + body)
@@ -171,27 +172,27 @@ def test_heads_that_are_no_http_or_too_large(url, monkeypatch):
 
 
 def test_health_of_a_stuck_and_of_a_dead_engine(endless_folder, monkeypatch):
-    with Engine(endless_folder, kv_cache_tokens=2**16) as engine:
-        with (
-            serving(engine, stuck_after_s=0.3) as (url, _),
-            httpx.Client(base_url=url, timeout=LIMIT) as http,
-        ):
-            assert http.get("/health").json() == {"status": "ok", "model_loaded": True, "engine_ready": True}
-            with http.stream("POST", "/v1/completions", json={**FOREVER, "stream": True}):
-                assert http.get("/health").status_code == 200
-                stale = engine.stats()
-                with monkeypatch.context() as patch:  # a loop that has stopped where it was
-                    later = lambda: {**stale, "uptime_s": time.monotonic()}  # noqa: E731
-                    patch.setattr(engine, "stats", later)
-                    time.sleep(0.35)
-                    answer = http.get("/health")
-                    assert (answer.status_code, answer.json()["status"]) == (503, "error")
-                    assert "has not finished a step" in answer.json()["message"]
-                assert http.get("/health").status_code == 200
-            engine.close()
-            wait_until(lambda: http.get("/health").status_code == 503)
-            answer = http.post("/v1/completions", json={"prompt": "a"})
-            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_closed")
+    with (
+        Engine(endless_folder, kv_cache_tokens=2**16) as engine,
+        serving(engine, stuck_after_s=0.3) as (url, _),
+        httpx.Client(base_url=url, timeout=LIMIT) as http,
+    ):
+        assert http.get("/health").json() == {"status": "ok", "model_loaded": True, "engine_ready": True}
+        with http.stream("POST", "/v1/completions", json={**FOREVER, "stream": True}):
+            assert http.get("/health").status_code == 200
+            stale = engine.stats()
+            with monkeypatch.context() as patch:  # a loop that has stopped where it was
+                later = lambda: {**stale, "uptime_s": time.monotonic()}  # noqa: E731
+                patch.setattr(engine, "stats", later)
+                time.sleep(0.35)
+                answer = http.get("/health")
+                assert (answer.status_code, answer.json()["status"]) == (503, "error")
+                assert "has not finished a step" in answer.json()["message"]
+            assert http.get("/health").status_code == 200
+        engine.close()
+        wait_until(lambda: http.get("/health").status_code == 503)
+        answer = http.post("/v1/completions", json={"prompt": "a"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_closed")
 
 
 DEEP = "[" * 5000 + "]" * 5000

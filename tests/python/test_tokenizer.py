@@ -241,6 +241,13 @@ def test_refusals(call, error, message):
         call(AutoTokenizer.from_pretrained(GLASS))
 
 
+def test_half_a_surrogate_pair_is_refused():
+    tokenizer = AutoTokenizer.from_pretrained(GLASS)
+    for text in ("a\ud800", ["fine", "a\udfff"]):
+        with pytest.raises(ValueError, match="half of a surrogate pair"):
+            tokenizer.encode(text)
+
+
 def test_broken_folders(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="tokenizer.json: no such file"):

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from importlib import resources
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
+from pydantic import ValidationError
 
 from astrai_rs import _core
 from astrai_rs.engine import Engine
-from astrai_rs.server import astrai, errors, tokens
-from astrai_rs.server.chat import ChatPlan, ChatReply, ChatRequest
+from astrai_rs.server import anthropic, astrai, errors, responses, tokens
+from astrai_rs.server.chat import ChatReply, ChatRequest
 from astrai_rs.server.completions import CompletionReply, CompletionRequest, params_of, prompts_of
-from astrai_rs.server.errors import ApiError, invalid
+from astrai_rs.server.conversation import start_chat
+from astrai_rs.server.errors import ApiError
 from astrai_rs.server.generation import ClientLeft
-from astrai_rs.server.messages import spelled_out, template_messages, template_tools
 from astrai_rs.server.middleware import Gate
 from astrai_rs.server.settings import ServerSettings
 from astrai_rs.server.state import ServerState
-from astrai_rs.server.tools import detect_format, detect_reasoning
+
+Body = TypeVar("Body")
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": text, "content": {"application/json": {"schema": {"type": "object"}}}}
@@ -79,6 +81,7 @@ def create_app(engine: Engine, settings: ServerSettings | None = None) -> FastAP
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     _service_routes(app, state)
     _openai_routes(app, state)
+    _other_chat_routes(app, state)
     tokens.add_routes(app, state)
     astrai.add_routes(app, state)
     return app
@@ -147,17 +150,44 @@ def _openai_routes(app: FastAPI, state: ServerState) -> None:
 
     @app.post("/v1/chat/completions", tags=["openai"])
     async def chat(body: ChatRequest, request: Request) -> Response:
-        state.check_model(body.model)
-        plan = chat_plan(state, body)
-        ids = await state.call(chat_prompt, state, plan)
-        params = plan.params(state.settings)
+        plan, generation = await start_chat(state, body)
         token_bytes = await state.call(lambda: state.token_bytes) if body.logprobs else []
         reply = ChatReply(plan, state.settings.model_names[0], token_bytes)
-        generation = await state.start([ids], [params])
         if body.stream:
             return state.stream(reply.stream(generation))
         await generation.finish(request)
         return JSONResponse(reply.whole(generation))
+
+
+def _other_chat_routes(app: FastAPI, state: ServerState) -> None:
+    name = state.settings.model_names[0]
+
+    @app.post("/v1/messages", tags=["anthropic"])
+    async def messages(body: anthropic.MessagesRequest, request: Request) -> Response:
+        plan, generation = await start_chat(state, _converted(anthropic.chat_request, body))
+        reply = anthropic.MessagesReply(plan, name)
+        if body.stream:
+            return state.stream(reply.stream(generation))
+        await generation.finish(request)
+        return JSONResponse(reply.whole(generation))
+
+    @app.post("/v1/responses", tags=["openai"])
+    async def create_response(body: responses.ResponsesRequest, request: Request) -> Response:
+        plan, generation = await start_chat(state, _converted(responses.chat_request, body))
+        reply = responses.ResponsesReply(body, plan, name)
+        if body.stream:
+            return state.stream(reply.stream(generation))
+        await generation.finish(request)
+        return JSONResponse(reply.whole(generation))
+
+
+def _converted(convert: Callable[[Body], ChatRequest], body: Body) -> ChatRequest:
+    """A request in another interface's words; what is wrong with it is named as in chat completions."""
+    try:
+        return convert(body)
+    except ValidationError as error:
+        faults = [{**fault, "loc": ("body", *fault["loc"])} for fault in error.errors()]
+        raise errors.from_validation(faults) from error
 
 
 def _model(state: ServerState, name: str) -> dict[str, Any]:
@@ -181,46 +211,3 @@ def encoded(
 
 def _prompt_text(state: ServerState, prompt: str | list[int]) -> str:
     return prompt if isinstance(prompt, str) else state.tokenizer.decode(prompt, skip_special_tokens=False)
-
-
-def chat_plan(state: ServerState, body: ChatRequest) -> ChatPlan:
-    """How the answer to a chat request is to be read."""
-    source = template_source(state)
-    return ChatPlan(
-        body,
-        tool_format=detect_format(source),
-        reasoning=detect_reasoning(source),
-        token_ids=state.tokenizer.control_token_ids,
-    )
-
-
-def template_source(state: ServerState) -> str:
-    """The chat template's text; of several, all."""
-    template = getattr(state.tokenizer, "chat_template", None)
-    if template is None:
-        raise invalid("this model has no chat template; use /v1/completions", code="unsupported")
-    source = template.source
-    return source if isinstance(source, str) else "\n".join(source.values())
-
-
-def chat_prompt(state: ServerState, plan: ChatPlan) -> list[int]:
-    """The conversation as ids. Notes in the plan where the answer begins."""
-    body = plan.body
-    messages = template_messages(body.messages, state.settings)
-    tools = template_tools(plan.tools)
-    if tools and plan.spells_out_tools:
-        messages, tools = spelled_out(messages, tools), []
-    options = dict(body.chat_template_kwargs or {})
-    if body.reasoning_effort is not None:
-        options.setdefault("reasoning_effort", body.reasoning_effort)
-    text, ids = state.tokenizer.chat_prompt(
-        messages,
-        tools=tools or None,
-        system_prompt=body.system_prompt,
-        add_generation_prompt=body.add_generation_prompt,
-        continue_final_message=body.continue_final_message,
-        sanitize_control_tokens=state.settings.sanitize_control_tokens,
-        **options,
-    )
-    plan.read_prompt(text)
-    return ids

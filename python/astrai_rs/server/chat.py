@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from astrai_rs.request import GenerationChunk, SamplingParams, TokenLogprobs
-from astrai_rs.server.common import Reply, usage_json
+from astrai_rs.server.common import Reply, new_id, usage_json
 from astrai_rs.server.errors import from_exception, invalid
 from astrai_rs.server.generation import Choice, Generation
 from astrai_rs.server.messages import Message, NamedTool, Tool, ToolChoice
@@ -148,12 +147,15 @@ class ChatSample:
         self._parser = plan.parser()
         self._has_calls = False
 
+    def parts(self, text: str, *, last: bool) -> list[Delta]:
+        """What a piece of text brings."""
+        parts = self._parser.add(text) + (self._parser.flush() if last else [])
+        self._has_calls |= any(isinstance(part, ToolCallStart) for part in parts)
+        return parts
+
     def deltas(self, text: str, *, last: bool) -> list[dict[str, Any]]:
-        """`delta` objects for a piece of text."""
-        parts = self._parser.add(text)
-        if last:
-            parts += self._parser.flush()
-        return [self._delta(part) for part in parts]
+        """The same as OpenAI's `delta` objects."""
+        return [self._delta(part) for part in self.parts(text, last=last)]
 
     def finish_reason(self, reason: str) -> str:
         return "tool_calls" if reason == "stop" and self._has_calls else reason
@@ -164,10 +166,9 @@ class ChatSample:
         if isinstance(part, Reasoning):
             return {"reasoning_content": part.text}
         if isinstance(part, ToolCallStart):
-            self._has_calls = True
             call: dict[str, Any] = {
                 "index": part.index,
-                "id": f"call_{uuid.uuid4().hex[:24]}",
+                "id": new_id("call"),
                 "type": "function",
                 "function": {"name": part.name, "arguments": ""},
             }

@@ -11,6 +11,12 @@ from astrai_rs.request import Logprob
 from astrai_rs.server.generation import Usage
 
 
+def new_id(kind: str) -> str:
+    """`kind` and a random word, as OpenAI's and Anthropic's ids are."""
+    separator = "-" if kind in ("cmpl", "chatcmpl") else "_"
+    return f"{kind}{separator}{uuid.uuid4().hex[:24]}"
+
+
 class Reply:
     """The head of an answer: id, kind, time and model are the same in every chunk of it."""
 
@@ -21,7 +27,7 @@ class Reply:
 
     def __init__(self, model: str) -> None:
         self._head = {
-            "id": f"{self.KIND}-{uuid.uuid4().hex}",
+            "id": new_id(self.KIND),
             "object": self.OBJECT,
             "created": int(time.time()),
             "model": model,

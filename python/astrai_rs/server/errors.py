@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -10,6 +11,8 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from astrai_rs._core import EngineClosed
+
+log = logging.getLogger("astrai_rs.server")
 
 _TYPES = {
     400: "invalid_request_error",
@@ -70,12 +73,13 @@ def from_exception(error: BaseException) -> ApiError:
         return error
     if isinstance(error, NotImplementedError):
         return invalid(str(error), code="unsupported")
-    if isinstance(error, (ValueError, TypeError)):
+    if isinstance(error, ValueError):
         return invalid(str(error))
     if isinstance(error, EngineClosed):
         return busy(str(error), code="engine_closed")
     if isinstance(error, MemoryError):
         return busy(str(error), code="out_of_memory")
+    log.error("a request failed", exc_info=error)
     return ApiError(500, "internal error; the server's log has the details", code="internal_error")
 
 
@@ -94,7 +98,7 @@ def install(app: FastAPI) -> None:
         assert isinstance(error, RequestValidationError)
         return from_validation(error.errors()).response()
 
-    for kind in (ApiError, ValueError, TypeError, EngineClosed, MemoryError, NotImplementedError, Exception):
+    for kind in (ApiError, ValueError, EngineClosed, MemoryError, NotImplementedError, Exception):
         app.add_exception_handler(kind, engine_error)
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(RequestValidationError, validation_error)

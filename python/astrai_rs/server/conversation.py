@@ -1,0 +1,65 @@
+"""From a chat request to a running generation: template, tokens, submit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from astrai_rs.server.chat import ChatPlan, ChatRequest
+from astrai_rs.server.errors import invalid
+from astrai_rs.server.generation import Generation
+from astrai_rs.server.messages import spelled_out, template_messages, template_tools
+from astrai_rs.server.tools import detect_format, detect_reasoning
+
+if TYPE_CHECKING:
+    from astrai_rs.server.state import ServerState
+
+
+async def start_chat(state: ServerState, body: ChatRequest) -> tuple[ChatPlan, Generation]:
+    """Submit a conversation; the plan says how to read what comes."""
+    state.check_model(body.model)
+    plan = chat_plan(state, body)
+    ids = await state.call(chat_prompt, state, plan)
+    return plan, await state.start([ids], [plan.params(state.settings)])
+
+
+def chat_plan(state: ServerState, body: ChatRequest) -> ChatPlan:
+    """How the answer to a chat request is to be read."""
+    source = template_source(state)
+    return ChatPlan(
+        body,
+        tool_format=detect_format(source),
+        reasoning=detect_reasoning(source),
+        token_ids=state.tokenizer.control_token_ids,
+    )
+
+
+def template_source(state: ServerState) -> str:
+    """The chat template's text; of several, all."""
+    template = getattr(state.tokenizer, "chat_template", None)
+    if template is None:
+        raise invalid("this model has no chat template; use /v1/completions", code="unsupported")
+    source = template.source
+    return source if isinstance(source, str) else "\n".join(source.values())
+
+
+def chat_prompt(state: ServerState, plan: ChatPlan) -> list[int]:
+    """The conversation as ids. Notes in the plan where the answer begins."""
+    body = plan.body
+    messages = template_messages(body.messages, state.settings)
+    tools = template_tools(plan.tools)
+    if tools and plan.spells_out_tools:
+        messages, tools = spelled_out(messages, tools), []
+    options = dict(body.chat_template_kwargs or {})
+    if body.reasoning_effort is not None:
+        options.setdefault("reasoning_effort", body.reasoning_effort)
+    text, ids = state.tokenizer.chat_prompt(
+        messages,
+        tools=tools or None,
+        system_prompt=body.system_prompt,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        sanitize_control_tokens=state.settings.sanitize_control_tokens,
+        **options,
+    )
+    plan.read_prompt(text)
+    return ids
