@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
@@ -35,6 +36,10 @@ class ToolCallArguments:
 Delta = Content | Reasoning | ToolCallStart | ToolCallArguments
 
 
+_SPACE = " \t\r\n"
+_NEVER = r"(?!)"
+
+
 def starts_in_reasoning(prompt: str, markers: tuple[str, str]) -> bool:
     """Whether a rendered prompt ends inside reasoning, which the model then goes on with."""
     return prompt.rstrip().endswith(markers[0])
@@ -44,11 +49,13 @@ class OutputParser:
     """Reads one sample's text. What the pieces add up to does not depend on where the text is cut.
 
     Text is held back only while it may become a marker, white space before a call, or a call whose name is
-    not complete. What looked like a call but is none comes out as content; nothing is lost.
+    not complete. What looked like a call but is none comes out as content; nothing is lost. The cost is
+    linear in the text's length, whatever the text.
 
     Args:
         tool_format: None: no calls are looked for.
-        tool_names: in formats without a marker only objects that name one of these are calls.
+        tool_names: in formats without a marker only objects that name one of these are calls; None: all
+            objects that have a name and arguments.
         reasoning: the markers around reasoning, which may only begin the text.
         starts_in_reasoning: the text begins inside them.
     """
@@ -57,20 +64,28 @@ class OutputParser:
         self,
         *,
         tool_format: ToolFormat | None,
-        tool_names: Collection[str] = (),
+        tool_names: Collection[str] | None = None,
         reasoning: tuple[str, str] | None = None,
         starts_in_reasoning: bool = False,
     ) -> None:
-        self._format = tool_format
+        self._format = tool_format or ToolFormat("none", begin="")
+        self._markers: tuple[str, ...] = ()
+        """What a call may begin with."""
+        if tool_format is not None:
+            self._markers = tuple(filter(None, (tool_format.prefix, tool_format.begin or "{")))
         self._names = tool_names
         self._reasoning = reasoning or ("", "")
-        self._unread = ""
-        self._space = ""
+        self._text = ""
+        self._at = 0
+        """How much of the text is read."""
+        self._space: list[str] = []
         """White space that is dropped if a marker follows."""
         self._skip_space = starts_in_reasoning
         self._calls = 0
         self._call: _Call | None = None
-        self._raw = ""
+        self._marked = False
+        """A marker says that a call follows."""
+        self._raw: list[str] = []
         """The text of a call that has not been given out."""
         self._out: list[Delta] = []
         self._state: Callable[[bool], bool] = self._read_content
@@ -79,9 +94,7 @@ class OutputParser:
 
     def add(self, text: str) -> list[Delta]:
         """What became certain with this text."""
-        if self._format is None and self._state == self._read_content and not self._skip_space:
-            return [Content(text)] if text else []
-        self._unread += text
+        self._text, self._at = self._text[self._at :] + text, 0
         return self._read(final=False)
 
     def flush(self) -> list[Delta]:
@@ -94,70 +107,79 @@ class OutputParser:
         out, self._out = self._out, []
         return out
 
-    # Each state reads from the unread text and says whether the next one may go on.
+    # Each state reads on in the text and says whether the next one may go on.
 
     def _read_start(self, final: bool) -> bool:
-        text, begin = self._unread.lstrip(), self._reasoning[0]
-        if text.startswith(begin):
-            self._unread, self._skip_space = text[len(begin) :], True
+        self._space += self._take_space(_SPACE)
+        begin = self._reasoning[0]
+        if self._text.startswith(begin, self._at):
+            self._at += len(begin)
+            self._space.clear()
+            self._skip_space = True
             self._state = self._read_reasoning
-        elif begin.startswith(text) and not final:
+            return True
+        if begin.startswith(self._text[self._at : self._at + len(begin)]) and not final:
             return False
-        else:
-            self._state = self._read_content
+        self._state = self._read_content
         return True
 
     def _read_reasoning(self, final: bool) -> bool:
-        end = self._reasoning[1]
-        at = self._unread.find(end)
-        if at < 0:
-            self._emit_held(Reasoning, end, final)
+        marker = self._read_until(Reasoning, self._reasoning[1:], final)
+        if marker is None:
             return False
-        self._emit(Reasoning, self._unread[:at])
-        self._unread, self._space, self._skip_space = self._unread[at + len(end) :], "", True
+        self._at += len(marker)
+        self._space.clear()
+        self._skip_space = True
         self._state = self._read_content
         return True
 
     def _read_content(self, final: bool) -> bool:
-        marker = "" if self._format is None else self._format.begin or "{"
-        at = self._unread.find(marker) if marker else -1
-        if at < 0:
-            self._emit_held(Content, marker, final)
+        marker = self._read_until(Content, self._markers, final)
+        if marker is None:
             return False
-        assert self._format is not None
-        self._emit(Content, self._unread[:at])
-        begin = self._format.begin
-        self._raw, self._space = self._space + begin, ""
-        self._unread = self._unread[at + len(begin) :]
+        self._raw, self._space = self._space, []
+        self._marked = marker != "{"
+        if self._marked:
+            self._raw.append(marker)
+            self._at += len(marker)
         self._state = self._read_call
         return True
 
+    def _read_until(
+        self, kind: type[Content] | type[Reasoning], markers: tuple[str, ...], final: bool
+    ) -> str | None:
+        """Give out the text up to the first marker, and that marker, which is not read yet; if there is
+        none, all text but what may become one."""
+        pattern = "|".join(map(re.escape, markers)) or _NEVER
+        if found := re.compile(pattern).search(self._text, self._at):
+            self._emit(kind, found.start())
+            return found[0]
+        self._emit(kind, len(self._text) - (0 if final else _open_end(self._text, self._at, markers)))
+        if final:
+            if kind is Content and self._space:
+                self._out.append(Content("".join(self._space)))
+            self._space.clear()
+        return None
+
     def _read_call(self, final: bool) -> bool:
-        assert self._format is not None
         if self._call is None:
-            skipped = " \t\r\n[" if self._format.is_list else " \t\r\n"
-            body = self._unread.lstrip(skipped)
-            self._raw += self._unread[: len(self._unread) - len(body)]
-            self._unread = body
-            if body:
-                self._call = _Call(self._format.arguments)
-        if self._call is None:
-            return self._give_up() if final and self._raw else False
-        before = self._unread
-        self._unread = before[self._call.feed(before) :]
-        self._raw += before[: len(before) - len(self._unread)]
+            self._raw += self._take_space(_SPACE + "[" if self._format.is_list else _SPACE)
+            if self._at == len(self._text):
+                return self._give_up() if final and self._raw else False
+            self._call = _Call(self._format.arguments)
+        start, self._at = self._at, self._call.feed(self._text, self._at)
+        self._raw.append(self._text[start : self._at])
+        if final:
+            self._call.cut_off()
         return self._follow(self._call, final)
 
     def _follow(self, call: _Call, final: bool) -> bool:
         """Give out what the call has come to."""
-        assert self._format is not None
-        is_call = call.name is not None and (bool(self._format.begin) or call.name in self._names)
-        if is_call and not call.started:
-            assert call.name is not None
+        if not call.started and call.name is not None and self._is_call(call):
             call.started = True
             self._out.append(ToolCallStart(self._calls, call.name))
         if call.started:
-            self._raw = ""
+            self._raw.clear()
             if text := call.take():
                 self._out.append(ToolCallArguments(self._calls, text))
         elif call.failed or call.done or final:
@@ -165,61 +187,71 @@ class OutputParser:
         if call.failed or call.done:
             self._calls += 1
             self._call, self._skip_space = None, True
-            self._state = self._read_end if call.done else self._read_content
+            self._state = self._read_end
             return True
         return False
 
+    def _is_call(self, call: _Call) -> bool:
+        """Whether an object with a name is a call."""
+        if self._marked:
+            return True
+        return call.has_arguments if self._names is None else call.name in self._names
+
     def _give_up(self) -> bool:
         """It was no call: its text is content."""
-        raw, self._raw, self._call = self._raw, "", None
-        self._emit(Content, raw)
+        self._call = None
+        self._put(Content, "".join(self._raw))
+        self._raw.clear()
         self._state = self._read_content
         return True
 
     def _read_end(self, final: bool) -> bool:
         """What stands after a call: its end marker, the list's comma or end, a separator."""
-        assert self._format is not None
-        text = self._unread.lstrip()
-        end = self._format.end or ("]" if self._format.is_list else self._format.separator.strip())
-        if self._format.is_list and text.startswith(","):
-            self._unread = text[1:]
+        self._take_space(_SPACE)
+        is_list = self._format.is_list
+        if is_list and self._text.startswith(",", self._at):
+            self._at += 1
             self._state = self._read_call
             return True
-        if end.startswith(text) and text != end and not final:
+        end = self._format.end or ("]" if is_list else self._format.separator.strip())
+        if self._text.startswith(end, self._at):
+            self._at += len(end)
+        elif end.startswith(self._text[self._at : self._at + len(end)]) and not final:
             return False
-        self._unread = text[len(end) :] if text.startswith(end) else text
         self._state = self._read_content
         return True
 
-    def _emit_held(self, kind: type[Content] | type[Reasoning], marker: str, final: bool) -> None:
-        """Give out the unread text but for an end that may become the marker."""
-        keep = 0 if final else _overlap(self._unread, marker)
-        cut = len(self._unread) - keep
-        self._emit(kind, self._unread[:cut])
-        self._unread = self._unread[cut:]
-        if final and self._space:
-            if kind is Content:
-                self._out.append(Content(self._space))
-            self._space = ""
+    def _take_space(self, characters: str) -> list[str]:
+        """Read on over white space; what was read, in no or one part."""
+        start, end = self._at, len(self._text)
+        while self._at < end and self._text[self._at] in characters:
+            self._at += 1
+        return [self._text[start : self._at]] if self._at > start else []
 
-    def _emit(self, kind: type[Content] | type[Reasoning], text: str) -> None:
-        """Give out text; white space at its end is held back."""
+    def _emit(self, kind: type[Content] | type[Reasoning], end: int) -> None:
+        """Give out the text up to `end`."""
+        start, self._at = self._at, end
+        self._put(kind, self._text[start:end])
+
+    def _put(self, kind: type[Content] | type[Reasoning], text: str) -> None:
+        """Give out a text; white space at its end is held back where a marker may follow."""
         if self._skip_space:
             text = text.lstrip()
         if not text:
             return
         self._skip_space = False
-        text = self._space + text
-        kept = text.rstrip()
-        self._space = text[len(kept) :]
+        kept = text.rstrip() if self._markers or kind is Reasoning else text
         if kept:
-            self._out.append(kind(kept))
+            self._out.append(kind("".join([*self._space, kept])))
+            self._space.clear()
+        if len(kept) < len(text):
+            self._space.append(text[len(kept) :])
 
 
-def _overlap(text: str, marker: str) -> int:
-    """Length of the longest end of `text` that begins `marker`."""
-    longest = min(len(text), len(marker) - 1)
-    return next((n for n in range(longest, 0, -1) if marker.startswith(text[-n:])), 0)
+def _open_end(text: str, start: int, markers: Collection[str]) -> int:
+    """Length of the longest end of `text[start:]` that begins a marker without completing it."""
+    longest = min(len(text) - start, max(map(len, markers), default=1) - 1)
+    return next((n for n in range(longest, 0, -1) if any(m.startswith(text[-n:]) for m in markers)), 0)
 
 
 class _Call:
@@ -231,31 +263,47 @@ class _Call:
         """The name has been given out."""
         self.done = False
         self.failed = False
-        """It is no object, or not a call."""
+        """It is no object, or not a call, or not complete."""
+        self.has_arguments = False
+        """Arguments have begun, as an object or in a string."""
         self._arguments_key = arguments_key
         self._arguments: list[str] = []
         self._gave_arguments = False
+        self._in_arguments = False
+        """The current value is the arguments'."""
         self._state: Callable[[str], bool] = self._open
         self._key = ""
         self._value: list[str] = []
         self._depth = 0
         self._in_string = self._escaped = False
 
-    def feed(self, text: str) -> int:
-        """Read on; how many characters were the object's."""
-        for at, character in enumerate(text):
+    def feed(self, text: str, start: int) -> int:
+        """Read on from `start`; where the object, or what may be one, ends."""
+        for at in range(start, len(text)):
             if self.done or self.failed:
                 return at
-            if not self._state(character):
+            if not self._state(text[at]):
                 self.failed = True
                 return at
         return len(text)
+
+    def cut_off(self) -> None:
+        """No more text comes: arguments that are given out whole are as complete as they will be."""
+        if not self._in_arguments:
+            return
+        raw = "".join(self._value)
+        if self._state == self._in_text:
+            lengths = range(len(raw), len(raw) - len(r"\uFFF") - 1, -1)  # an escape may be incomplete
+            texts = (_decoded(raw[:length] + '"') for length in lengths)
+            self._arguments.append(next((text for text in texts if text is not None), raw))
+        elif self._state == self._in_scalar:
+            self._take_value(raw)
 
     def take(self) -> str:
         """The arguments' text that has come since the last call of this; `{}` in the end if there is none."""
         text = "".join(self._arguments)
         self._arguments.clear()
-        if self.done and not text and not self._gave_arguments:
+        if (self.done or self.failed) and not text and not self._gave_arguments:
             text = "{}"
         self._gave_arguments |= bool(text)
         return text
@@ -291,6 +339,9 @@ class _Call:
             return True
         self._value = []
         self._depth, self._in_string, self._escaped = 0, False, False
+        self._in_arguments = self._key == self._arguments_key and not self.has_arguments
+        if self._in_arguments:
+            self.has_arguments = c in '{"'
         is_container = c in "{["
         self._state = self._in_container if is_container else self._in_text if c == '"' else self._in_scalar
         if c == '"':
@@ -299,7 +350,7 @@ class _Call:
         return c not in ",}]" and self._state(c)
 
     def _in_container(self, c: str) -> bool:
-        if self._key == self._arguments_key:
+        if self._in_arguments:
             self._arguments.append(c)
         if self._in_string:
             self._in_string = not self._ends_string(c)
@@ -340,7 +391,7 @@ class _Call:
         if self._key == "name":
             self.name = _decoded(raw)
             return self.name is not None
-        if self._key == self._arguments_key and raw != "null":
+        if self._in_arguments and raw != "null":
             decoded = _decoded(raw)
             self._arguments.append(raw if decoded is None else decoded)
         return True
@@ -357,9 +408,11 @@ class _Call:
 
 
 def _decoded(raw: str) -> str | None:
-    """The content of a JSON string; None for anything else."""
+    """The content of a JSON string; None for anything else. Half a surrogate pair becomes U+FFFD."""
     try:
         value = json.loads(raw, strict=False)
     except ValueError:
         return None
-    return value if isinstance(value, str) else None
+    if not isinstance(value, str):
+        return None
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

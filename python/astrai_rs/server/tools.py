@@ -25,14 +25,16 @@ class ToolFormat:
     """What stands between two calls that are not in a list."""
     space: str = ""
     """White space on the inner side of the markers."""
+    prefix: str = ""
+    """Marker that may stand before a call where `begin` is empty."""
 
 
 FORMATS = {
     format.name: format
     for format in (
         ToolFormat("hermes", "<tool_call>", "</tool_call>", space="\n", separator="\n"),
-        ToolFormat("mistral", "[TOOL_CALLS]", is_list=True),
-        ToolFormat("llama3", arguments="parameters", separator="; "),
+        ToolFormat("mistral", "[TOOL_CALLS]", is_list=True, space=" "),
+        ToolFormat("llama3", arguments="parameters", separator="; ", prefix="<|python_tag|>"),
         ToolFormat("json", separator="\n"),
     )
 }
@@ -45,8 +47,9 @@ def detect_format(chat_template: str) -> ToolFormat | None:
     for name in ("hermes", "mistral"):
         if FORMATS[name].begin in chat_template:
             return FORMATS[name]
-    is_llama = "<|python_tag|>" in chat_template or "<|start_header_id|>" in chat_template
-    return FORMATS["llama3" if is_llama and "parameters" in chat_template else "json"]
+    has_llama_headers = "<|start_header_id|>" in chat_template and "parameters" in chat_template
+    is_llama = FORMATS["llama3"].prefix in chat_template or has_llama_headers
+    return FORMATS["llama3" if is_llama else "json"]
 
 
 def detect_reasoning(chat_template: str) -> tuple[str, str] | None:
