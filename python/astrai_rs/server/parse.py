@@ -166,7 +166,7 @@ class OutputParser:
             self._raw += self._take_space(_SPACE + "[" if self._format.is_list else _SPACE)
             if self._at == len(self._text):
                 return self._give_up() if final and self._raw else False
-            self._call = _Call(self._format.arguments)
+            self._call = _Call(self._format)
         start, self._at = self._at, self._call.feed(self._text, self._at)
         self._raw.append(self._text[start : self._at])
         if final:
@@ -255,9 +255,9 @@ def _open_end(text: str, start: int, markers: Collection[str]) -> int:
 
 
 class _Call:
-    """A JSON object that may be a call, character by character. Values are delimited, not checked."""
+    """An object that may be a call, character by character. Values are delimited, not checked."""
 
-    def __init__(self, arguments_key: str) -> None:
+    def __init__(self, tool_format: ToolFormat) -> None:
         self.name: str | None = None
         self.started = False
         """The name has been given out."""
@@ -266,12 +266,13 @@ class _Call:
         """It is no object, or not a call, or not complete."""
         self.has_arguments = False
         """Arguments have begun, as an object or in a string."""
-        self._arguments_key = arguments_key
+        self._arguments_key = tool_format.arguments
+        self._name_end = tool_format.name_end
         self._arguments: list[str] = []
         self._gave_arguments = False
         self._in_arguments = False
         """The current value is the arguments'."""
-        self._state: Callable[[str], bool] = self._open
+        self._state: Callable[[str], bool] = self._in_bare_name if self._name_end else self._open
         self._key = ""
         self._value: list[str] = []
         self._depth = 0
@@ -313,6 +314,19 @@ class _Call:
     def _open(self, c: str) -> bool:
         self._state = self._before_key
         return c == "{"
+
+    def _in_bare_name(self, c: str) -> bool:
+        self._value.append(c)
+        end = self._name_end
+        if c == end[-1] and "".join(self._value[-len(end) :]) == end:
+            name = "".join(self._value).partition(end[0])[0]
+            self.name = name or None  # the marker of an id may follow it
+            self._key, self._state = self._arguments_key, self._before_bare_arguments
+            return bool(name)
+        return c not in _SPACE + '{"'
+
+    def _before_bare_arguments(self, c: str) -> bool:
+        return c in "{" + _SPACE and self._before_value(c)
 
     def _before_key(self, c: str) -> bool:
         if c == '"':
@@ -362,6 +376,7 @@ class _Call:
             self._depth -= 1
             if not self._depth:
                 self._state = self._after_value
+                self.done = bool(self._name_end)
                 return self._key != "name"
         return True
 

@@ -10,7 +10,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """A way to write calls: `begin` JSON `end`, where the JSON is an object `{"name", <arguments>}`."""
+    """A way to write calls: `begin` JSON `end`, where the JSON is an object `{"name", <arguments>}`; or
+    `begin` name `name_end` JSON, where the JSON is the arguments."""
 
     name: str
     begin: str = ""
@@ -27,6 +28,8 @@ class ToolFormat:
     """White space on the inner side of the markers."""
     prefix: str = ""
     """Marker that may stand before a call where `begin` is empty."""
+    name_end: str = ""
+    """Marker between a bare name and the arguments, for models that write no object around them."""
 
 
 FORMATS = {
@@ -34,6 +37,7 @@ FORMATS = {
     for format in (
         ToolFormat("hermes", "<tool_call>", "</tool_call>", space="\n", separator="\n"),
         ToolFormat("mistral", "[TOOL_CALLS]", is_list=True, space=" "),
+        ToolFormat("mistral-args", "[TOOL_CALLS]", name_end="[ARGS]"),
         ToolFormat("llama3", arguments="parameters", separator="; ", prefix="<|python_tag|>"),
         ToolFormat("json", separator="\n"),
     )
@@ -44,8 +48,8 @@ def detect_format(chat_template: str) -> ToolFormat | None:
     """The format that a chat template asks its model for; None for a template without tools."""
     if "tools" not in chat_template:
         return None
-    for name in ("hermes", "mistral"):
-        if FORMATS[name].begin in chat_template:
+    for name in ("hermes", "mistral-args", "mistral"):
+        if FORMATS[name].begin in chat_template and FORMATS[name].name_end in chat_template:
             return FORMATS[name]
     has_llama_headers = "<|start_header_id|>" in chat_template and "parameters" in chat_template
     is_llama = FORMATS["llama3"].prefix in chat_template or has_llama_headers
@@ -59,6 +63,9 @@ def detect_reasoning(chat_template: str) -> tuple[str, str] | None:
 
 _SEPARATORS = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 """As Python's `json.dumps` writes, which most models were trained on."""
+
+_NOTHING = {"properties": {}, "additionalProperties": False}
+"""The schema of a tool without parameters."""
 
 
 def tool_grammar(
@@ -76,8 +83,11 @@ def tool_grammar(
         token_ids: ids of the model's control tokens, by their text: markers among them are no plain text.
     """
 
+    def quoted(text: str) -> str:
+        return json.dumps(text).replace("\x7f", "\\u007f")  # Lark wants every control character escaped
+
     def literal(text: str) -> str:
-        return f"<[{token_ids[text]}]>" if text in token_ids else json.dumps(text)
+        return f"<[{token_ids[text]}]>" if text in token_ids else quoted(text)
 
     def sequence(*parts: str) -> str:
         return " ".join(literal(part) for part in parts if part)
@@ -85,12 +95,13 @@ def tool_grammar(
     rules = []
     for index, tool in enumerate(tools):
         function = tool["function"]
-        schema = dict(function.get("parameters") or {"type": "object", "properties": {}})
-        if not function.get("parameters"):
-            schema["additionalProperties"] = False
-        schema["x-guidance"] = _SEPARATORS
-        head = f'{{"name": {json.dumps(function["name"])}, "{tool_format.arguments}": '
-        rules.append(f'tool_{index}: {json.dumps(head)} arguments_{index} "}}"')
+        schema = {"type": "object", **(function.get("parameters") or _NOTHING), "x-guidance": _SEPARATORS}
+        if tool_format.name_end:
+            call = sequence(function["name"], tool_format.name_end) + f" arguments_{index}"
+        else:
+            head = f'{{"name": {json.dumps(function["name"])}, "{tool_format.arguments}": '
+            call = f'{quoted(head)} arguments_{index} "}}"'
+        rules.append(f"tool_{index}: {call}")
         rules.append(f"arguments_{index}: %json {json.dumps(schema)}")
     names = " | ".join(f"tool_{index}" for index in range(len(tools)))
     begin = sequence(tool_format.begin, tool_format.space)
@@ -99,5 +110,5 @@ def tool_grammar(
         more = '(", " tool)*' if parallel else ""
         start = f'start: {begin} "[" tool {more} "]"'
         return "\n".join([start, f"tool: {names}", *rules])
-    more = f"({json.dumps(tool_format.separator)} call)*" if parallel else ""
+    more = f"({sequence(tool_format.separator)} call)*" if parallel else ""
     return "\n".join([f"start: call {more}", f"call: {begin} tool {end}", f"tool: {names}", *rules])
