@@ -97,7 +97,7 @@ def tool_grammar(
         function = tool["function"]
         schema = {"type": "object", **(function.get("parameters") or _NOTHING), "x-guidance": _SEPARATORS}
         if tool_format.name_end:
-            call = sequence(function["name"], tool_format.name_end) + f" arguments_{index}"
+            call = f"{quoted(function['name'])} {literal(tool_format.name_end)} arguments_{index}"
         else:
             head = f'{{"name": {json.dumps(function["name"])}, "{tool_format.arguments}": '
             call = f'{quoted(head)} arguments_{index} "}}"'
