@@ -12,6 +12,7 @@ __all__ = [
     "GrammarCompiler",
     "__version__",
     "gguf_metadata",
+    "inspect",
     "system_info",
 ]
 
@@ -157,6 +158,11 @@ class GrammarCompiler:
 
 def gguf_metadata(path: str) -> dict[str, Any]:
     """Every metadata key of a GGUF file, arrays as lists. Token strings that are not UTF-8 come as bytes."""
+
+def inspect(path: str) -> dict[str, Any]:
+    """What a model is: vocab_size, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads,
+    head_dim, max_positions, rope_theta, tie_embeddings, and `tensors`: `(canonical name, shape, encoding,
+    bytes)` of each. No weight is read. CheckpointError names what is wrong with a file."""
 
 def system_info() -> dict[str, Any]:
     """`tier` (SIMD level), `num_threads`, `cuda` (usable GPU), `version`, …"""

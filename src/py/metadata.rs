@@ -8,6 +8,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use crate::backend::Backend;
+use crate::checkpoint;
 use crate::checkpoint::gguf::{self, Value};
 use crate::config::DType;
 
@@ -40,6 +41,29 @@ fn to_python(py: Python<'_>, value: Value) -> PyResult<Py<PyAny>> {
             items?.into_py_any(py)
         }
     }
+}
+
+/// What a model is: sizes, and every tensor as `(name, shape, encoding, bytes)`. No weight is read.
+#[pyfunction]
+pub(super) fn inspect(py: Python<'_>, path: PathBuf) -> PyResult<Bound<'_, PyDict>> {
+    let checkpoint = py.detach(|| checkpoint::load(&path))?;
+    let (spec, facts) = (&checkpoint.spec, PyDict::new(py));
+    facts.set_item("vocab_size", spec.vocab_size)?;
+    facts.set_item("hidden_size", spec.hidden_size)?;
+    facts.set_item("intermediate_size", spec.mlp.intermediate_size)?;
+    facts.set_item("num_layers", spec.num_layers)?;
+    facts.set_item("num_heads", spec.attention.num_heads)?;
+    facts.set_item("num_kv_heads", spec.attention.num_kv_heads)?;
+    facts.set_item("head_dim", spec.attention.head_dim)?;
+    facts.set_item("max_positions", spec.max_positions)?;
+    facts.set_item("rope_theta", spec.rope.theta)?;
+    facts.set_item("tie_embeddings", spec.tie_embeddings)?;
+    let tensors = checkpoint.weights.iter().map(|(name, tensor)| {
+        let encoding = format!("{:?}", tensor.encoding);
+        (name.to_owned(), tensor.shape.clone(), encoding, tensor.data.as_slice().len())
+    });
+    facts.set_item("tensors", tensors.collect::<Vec<_>>())?;
+    Ok(facts)
 }
 
 /// `tier` (SIMD level), `num_threads`, `cuda` (built with it) and `version`.

@@ -15,6 +15,7 @@ import pytest
 
 import astrai_rs
 from astrai_rs import Engine
+from random_model import write_random_model
 
 # The same examples in every run: a red test is somebody's change, not luck.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
@@ -61,6 +62,14 @@ def endless_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = json.loads((GLASS / "tokenizer_config.json").read_text(encoding="utf-8"))
     del tokenizer["eos_token"]
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def random_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that writes nonsense of every kind, for SmolLM2's tokenizer."""
+    folder = tmp_path_factory.mktemp("random")
+    write_random_model(folder)
     return folder
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import subprocess
+from xml.etree import ElementTree
 
 import pytest
 
+import astrai_rs
 from astrai_rs import AutoTokenizer, Engine, SamplingParams
+from astrai_rs.model import embedded_model
 from conftest import FIXTURES, GLASS, INTERRUPTIBLE, LIMIT, python
+from serving import serving
 
 EXACT = ("--dtype", "float32")
 START = (
@@ -286,7 +290,7 @@ def test_help_without_loading_the_core():
     with python("-c", program, "--help") as process:
         out, err = process.communicate(timeout=LIMIT)
     assert (process.returncode, err) == (0, "")
-    for name in ("run", "chat", "doctor"):
+    for name in ("run", "chat", "serve", "pull", "inspect", "doctor", "bench"):
         assert name in out
 
 
@@ -295,3 +299,61 @@ def test_without_the_extra():
         _, err = process.communicate(timeout=LIMIT)
     assert process.returncode == 1
     assert err == "astrai-rs: the command line needs: pip install 'astrai_rs[cli]'\n"
+
+
+def test_version():
+    assert run("--version", model=None)[:2] == (0, f"{astrai_rs.__version__}\n")
+
+
+def test_inspect():
+    code, out, err = run("inspect", GLASS, "--json", "--tensors", model=None)
+    assert (code, err) == (0, "")
+    facts = json.loads(out)
+    assert (facts["format"], facts["vocab_size"], facts["max_positions"]) == ("safetensors", 1024, 128)
+    sizes = [tensor["bytes"] for tensor in facts["tensors"]]
+    file = GLASS / "model.safetensors"
+    assert sum(sizes) == file.stat().st_size - 8 - int.from_bytes(file.read_bytes()[:8], "little")
+    code, out, _ = run("inspect", embedded_model(), model=None)
+    rows = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert (code, rows["format"], rows["parameters"], rows["stop_ids"]) == (0, "GGUF", "134515008", "2")
+    code, _, err = run("inspect", "/no/such", model=None)
+    assert (code, err) == (1, "astrai-rs: error: /no/such: no such file or folder\n")
+
+
+def test_pull_prints_where_the_model_is():
+    assert run("pull", GLASS, model=None)[:2] == (0, f"{GLASS}\n")
+
+
+@pytest.mark.parametrize("command", ["latency", "throughput"])
+def test_bench(command, tmp_path):
+    options = {"latency": ("--num-iters", 2), "throughput": ("--num-prompts", 3)}[command]
+    file = tmp_path / "result.json"
+    arguments = ("--input-len", 8, "--output-len", 4, *options, "--output-json", file)
+    code, out, _ = run("bench", command, *arguments)
+    result = json.loads(out)
+    assert code == 0
+    assert result == json.loads(file.read_text())
+    assert (result["input_len"], result["output_len"], result["backend"]) == (8, 4, "astrai_rs")
+    if command == "latency":
+        assert result["avg_latency"] == pytest.approx(sum(result["latencies"]) / 2)
+        assert result["percentiles"]["50"] == pytest.approx(result["avg_latency"])
+    else:
+        assert result["total_num_tokens"] == 3 * 12
+        assert result["requests_per_second"] == pytest.approx(3 / result["elapsed_time"])
+
+
+def test_bench_serve(tmp_path):
+    plot = tmp_path / "plot.svg"
+    load = ("--num-prompts", 6, "--random-input-len", 8, "--random-output-len", 5, "--plot", plot)
+    with Engine(GLASS) as engine, serving(engine, api_keys=("key",)) as (url, _):
+        code, out, _ = run("bench", "serve", "--base-url", url, "--api-key", "key", *load, model=None)
+        assert code == 0
+        result = json.loads(out)
+        assert (result["completed"], result["failed"], result["total_output_tokens"]) == (6, 0, 30)
+        assert (result["total_input_tokens"], result["model_id"]) == (48, "test")
+        for name in ("ttft", "tpot", "itl", "e2el"):
+            assert result[f"median_{name}_ms"] > 0
+        assert result["mean_e2el_ms"] > result["mean_ttft_ms"]
+        ElementTree.parse(plot)
+        code, _, err = run("bench", "serve", "--base-url", url, model=None)
+        assert (code, "401" in err, err.count("\n")) == (2, True, 1)

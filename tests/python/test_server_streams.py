@@ -30,8 +30,8 @@ TOOL = {
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    with Engine(embedded_model()) as engine:
+def engine(random_folder) -> Iterator[Engine]:
+    with Engine(random_folder, tokenizer=embedded_model()) as engine:
         yield engine
 
 
@@ -46,7 +46,7 @@ def random_request(rng: random.Random, broken_characters: dict[str, float]) -> t
     body: dict = {
         "temperature": rng.choice([0, 0.7, 1.5]),
         "seed": rng.randrange(1000),
-        "max_tokens": rng.randrange(1, 14),
+        "max_tokens": rng.randrange(1, 40),
         "n": rng.choice([1, 1, 2, 3]),
         "stop": rng.choice([None, ["a"], [" the", "."], ["\n", "é"]]),
         "ignore_eos": rng.random() < 0.3,
