@@ -323,9 +323,9 @@ class ResponsesReply:
             "tools": [{"strict": True, **tool.model_dump(exclude_none=True)} for tool in body.tools or ()],
             "top_p": body.top_p,
             "truncation": "disabled",
-            "usage": None if usage is None else _usage(usage),
-            "user": body.user,
             "metadata": body.metadata or {},
+            **({} if usage is None else {"usage": _usage(usage)}),
+            **({} if body.user is None else {"user": body.user}),
         }
 
 
@@ -353,7 +353,7 @@ def _shown_format(text: TextOptions | None) -> dict[str, Any]:
 def _usage(usage: Usage) -> dict[str, Any]:
     return {
         "input_tokens": usage.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
         "output_tokens": usage.completion_tokens,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
