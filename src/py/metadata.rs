@@ -46,7 +46,7 @@ fn to_python(py: Python<'_>, value: Value) -> PyResult<Py<PyAny>> {
 /// What a model is: sizes, and every tensor as `(name, shape, encoding, bytes)`. No weight is read.
 #[pyfunction]
 pub(super) fn inspect(py: Python<'_>, path: PathBuf) -> PyResult<Bound<'_, PyDict>> {
-    let checkpoint = py.detach(|| checkpoint::load(&path))?;
+    let checkpoint = py.detach(move || checkpoint::load(&path))?;
     let (spec, facts) = (&checkpoint.spec, PyDict::new(py));
     facts.set_item("vocab_size", spec.vocab_size)?;
     facts.set_item("hidden_size", spec.hidden_size)?;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,7 +14,6 @@ from astrai_rs import Engine
 from astrai_rs.server import ServerSettings, create_app
 from astrai_rs.server.protocol import LimitedProtocol
 from astrai_rs.server.serve import Server
-from conftest import wait_until
 
 
 @contextmanager
@@ -27,7 +27,8 @@ def serving(engine: Engine, **settings) -> Iterator[tuple[str, Server]]:
         server = Server(config, app.state.server)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
         thread.start()
-        wait_until(lambda: server.started or not thread.is_alive())
+        while not server.started and thread.is_alive():
+            time.sleep(0.005)
         try:
             yield f"http://127.0.0.1:{sock.getsockname()[1]}", server
         finally:

@@ -24,6 +24,9 @@ from astrai_rs.server.middleware import Gate
 from astrai_rs.server.settings import ServerSettings
 from astrai_rs.server.state import ServerState
 
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+"""A route's other kind of answer."""
+
 Body = TypeVar("Body")
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -133,7 +136,7 @@ def _openai_routes(app: FastAPI, state: ServerState) -> None:
         state.check_model(name)
         return _model(state, name)
 
-    @app.post("/v1/completions", tags=["openai"])
+    @app.post("/v1/completions", tags=["openai"], responses=STREAMED)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         state.check_model(body.model)
         params = params_of(body, state.settings)
@@ -148,7 +151,7 @@ def _openai_routes(app: FastAPI, state: ServerState) -> None:
         await generation.finish(request)
         return JSONResponse(reply.whole(generation))
 
-    @app.post("/v1/chat/completions", tags=["openai"])
+    @app.post("/v1/chat/completions", tags=["openai"], responses=STREAMED)
     async def chat(body: ChatRequest, request: Request) -> Response:
         plan, generation = await start_chat(state, body)
         token_bytes = await state.call(lambda: state.token_bytes) if body.logprobs else []
@@ -162,7 +165,7 @@ def _openai_routes(app: FastAPI, state: ServerState) -> None:
 def _other_chat_routes(app: FastAPI, state: ServerState) -> None:
     name = state.settings.model_names[0]
 
-    @app.post("/v1/messages", tags=["anthropic"])
+    @app.post("/v1/messages", tags=["anthropic"], responses=STREAMED)
     async def messages(body: anthropic.MessagesRequest, request: Request) -> Response:
         plan, generation = await start_chat(state, _converted(anthropic.chat_request, body))
         reply = anthropic.MessagesReply(plan, name)
@@ -171,7 +174,7 @@ def _other_chat_routes(app: FastAPI, state: ServerState) -> None:
         await generation.finish(request)
         return JSONResponse(reply.whole(generation))
 
-    @app.post("/v1/responses", tags=["openai"])
+    @app.post("/v1/responses", tags=["openai"], responses=STREAMED)
     async def create_response(body: responses.ResponsesRequest, request: Request) -> Response:
         plan, generation = await start_chat(state, _converted(responses.chat_request, body))
         reply = responses.ResponsesReply(body, plan, name)

@@ -43,7 +43,7 @@ def add_routes(app: FastAPI, state: ServerState) -> None:
             **figures,
         }
 
-    @app.post("/generate", tags=["astrai"])
+    @app.post("/generate", tags=["astrai"], responses={200: {"content": {"text/plain": {}}}})
     async def generate(
         request: Request,
         body: Annotated[GenerateFields | list[list[str]] | None, Body()] = None,
