@@ -193,7 +193,11 @@ class AutoTokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of ids. Ids outside the vocabulary have no text; incomplete characters become U+FFFD."""
-        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        try:
+            return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        except OverflowError:
+            known = [token_id for token_id in ids if 0 <= token_id < self.vocab_size]
+            return self._backend.decode(known, skip_special_tokens=skip_special_tokens)
 
     def id_to_text(self, token_id: int) -> str:
         """One token alone as text, special tokens included."""

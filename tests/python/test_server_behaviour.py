@@ -226,6 +226,8 @@ HOSTILE = [
     '{"prompt": [-1]}',
     '{"prompt": [99999999]}',
     '{"prompt": [1.5]}',
+    '{"prompt": [-1, 2], "echo": true}',
+    '{"prompt": [[1, 123456789012345678901234567890]], "echo": true}',
     '{"prompt": [true]}',
     '{"prompt": {"a": 1}}',
     '{"prompt": "\\ud800"}',

@@ -241,6 +241,13 @@ def test_refusals(call, error, message):
         call(AutoTokenizer.from_pretrained(GLASS))
 
 
+def test_ids_that_do_not_exist_have_no_text():
+    tokenizer = AutoTokenizer.from_pretrained(GLASS)
+    ids = tokenizer.encode("Once upon", False)
+    for strange in (-1, 5000, 2**32, 2**70):
+        assert tokenizer.decode([*ids, strange]) == tokenizer.decode(ids)
+
+
 def test_half_a_surrogate_pair_is_refused():
     tokenizer = AutoTokenizer.from_pretrained(GLASS)
     for text in ("a\ud800", ["fine", "a\udfff"]):
