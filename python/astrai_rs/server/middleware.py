@@ -19,7 +19,7 @@ from astrai_rs.server.settings import ServerSettings
 
 access_log = logging.getLogger("astrai_rs.access")
 
-_OPEN_PATHS = frozenset({"/health", "/", "/app.js", "/style.css"})
+_OPEN_PATHS = frozenset({"/health", "/", "/app.js", "/markdown.js", "/style.css"})
 """No key: they tell nothing about the model or its users."""
 
 _SECURITY_HEADERS = {
