@@ -240,8 +240,28 @@ def test_chat():
         second = answer("Once upon", first, "The queen said")
         third = answer("The king", "Once upon", first, "The end")
     assert (code, out) == (0, f"{first}\n{second}\n{first}\n{third}\n")
-    assert err.count("/new starts over") == 2
+    assert err.count("start over") == 2
     assert err.count("[8 tokens") == 4
+
+
+def test_chat_commands(tmp_path):
+    """/retry answers again, /undo forgets, /set changes the sampling, /save writes what was said."""
+    file = tmp_path / "said.json"
+    typed = f"Once upon\n/retry\n/set max_tokens 3\nThe queen\n/undo\n/system Hm\n/save {file}\n"
+    typed += "/set colour 3\n/set top_p x\n/save\n/new\n/retry\n"
+    code, out, err = run("chat", "-t", 0, "-n", 8, *EXACT, input=typed)
+    with Engine(GLASS, dtype="float32") as engine:
+        first = engine.generate("Once upon ", SamplingParams(temperature=0, max_tokens=8)).text
+        said = f"Once upon {first} The queen "
+        short = engine.generate(said, SamplingParams(temperature=0, max_tokens=3)).text
+    assert (code, out) == (0, f"{first}\n{first}\n{short}\n")
+    assert json.loads(file.read_text()) == [
+        {"role": "system", "content": "Hm"},
+        {"role": "user", "content": "Once upon"},
+        {"role": "assistant", "content": first},
+    ]
+    for message in ("no such parameter: colour", "Expecting value", "needs the name", "nothing was said yet"):
+        assert f"error: {message}" in err or message in err
 
 
 def test_chat_goes_on_after_an_error():

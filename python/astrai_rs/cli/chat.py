@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from astrai_rs.cli.common import (
@@ -26,6 +30,8 @@ from astrai_rs.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from prompt_toolkit import PromptSession
+
     from astrai_rs.engine import Engine
     from astrai_rs.request import SamplingParams
 
@@ -58,35 +64,81 @@ def chat(
 class Conversation:
     """The chat loop: what was said, and the commands."""
 
-    HELP = "/new starts over · /system TEXT sets the system message · /exit leaves · Ctrl-C stops an answer"
+    HELP = """\
+/new              start over
+/retry            answer the last question again
+/undo             forget the last question and its answer
+/system TEXT      set the system message; without text, none
+/set NAME VALUE   set a sampling parameter, such as: /set temperature 0.2
+/save FILE        write the conversation as JSON
+/exit             leave
+Alt+Enter starts a new line; Ctrl-C stops an answer, at the prompt it leaves."""
 
     def __init__(self, engine: Engine, params: SamplingParams, system: str | None) -> None:
         self._engine = engine
         self._params = params
         self._system = system
         self._messages: list[dict[str, str]] = []
+        self._commands = {
+            "/new": self._new,
+            "/retry": self._retry,
+            "/undo": self._undo,
+            "/system": self._set_system,
+            "/set": self._set,
+            "/save": self._save,
+        }
 
     def loop(self) -> None:
         """Until Ctrl-C or Ctrl-D at the prompt, or /exit."""
         sys.stderr.write(self.HELP + "\n")
-        for text in _lines():
+        for text in _lines([*self._commands, "/exit"]):
+            if text.split(maxsplit=1)[:1] in (["/exit"], ["/quit"]):
+                return
             if text.startswith("/"):
-                if not self._command(text):
-                    return
+                self._command(text)
             elif text.strip():
                 self._turn(text)
 
-    def _command(self, text: str) -> bool:
+    def _command(self, text: str) -> None:
         name, _, rest = text.partition(" ")
-        if name in ("/exit", "/quit"):
-            return False
-        if name == "/new":
-            self._messages.clear()
-        elif name == "/system":
-            self._system = rest.strip() or None
-        else:
+        command = self._commands.get(name)
+        if command is None:
             sys.stderr.write(self.HELP + "\n")
-        return True
+            return
+        try:
+            command(rest.strip())
+        except (OSError, TypeError, ValueError) as error:
+            sys.stderr.write(f"error: {error}\n")
+
+    def _new(self, _: str) -> None:
+        self._messages.clear()
+
+    def _undo(self, _: str) -> str | None:
+        """The question that was taken back."""
+        if not self._messages:
+            raise ValueError("nothing was said yet")
+        del self._messages[-1]
+        return self._messages.pop()["content"]
+
+    def _retry(self, _: str) -> None:
+        self._turn(self._undo("") or "")
+
+    def _set_system(self, text: str) -> None:
+        self._system = text or None
+
+    def _set(self, text: str) -> None:
+        name, _, value = text.partition(" ")
+        known = [field.name for field in fields(self._params)]
+        if name not in known:
+            raise ValueError(f"no such parameter: {name or 'none given'}; known: {', '.join(known)}")
+        self._params = replace(self._params, **{name: json.loads(value)})
+
+    def _save(self, path: str) -> None:
+        if not path:
+            raise ValueError("/save needs the name of a file")
+        system = [{"role": "system", "content": self._system}] if self._system else []
+        text = json.dumps([*system, *self._messages], ensure_ascii=False, indent=2)
+        Path(path).expanduser().write_text(text + "\n", encoding="utf-8")
 
     def _turn(self, text: str) -> None:
         """One question and its answer; a stopped answer stays in the history as far as it came."""
@@ -111,17 +163,36 @@ class Conversation:
         sys.stderr.write(clock.line() + "\n")
 
 
-def _lines() -> Iterator[str]:
+def _lines(commands: list[str]) -> Iterator[str]:
     """What the user types; Ctrl-C and Ctrl-D end it. Without a terminal: the lines of stdin."""
     if not sys.stdin.isatty():
         for line in sys.stdin:
             yield line.rstrip("\n")
         return
-    from prompt_toolkit import PromptSession
-
-    session: PromptSession[str] = PromptSession()
+    session = _session(commands)
     while True:
         try:
             yield session.prompt("> ")
         except (KeyboardInterrupt, EOFError):
             return
+
+
+def _session(commands: list[str]) -> PromptSession[str]:
+    """A prompt with several lines, completion of commands, and the history of earlier sessions."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import WordCompleter
+    from prompt_toolkit.history import FileHistory
+    from prompt_toolkit.key_binding import KeyBindings
+
+    keys = KeyBindings()
+    keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
+    keys.add("enter")(lambda event: event.current_buffer.validate_and_handle())
+    folder = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "astrai_rs"
+    folder.mkdir(parents=True, exist_ok=True)
+    return PromptSession(
+        multiline=True,
+        key_bindings=keys,
+        history=FileHistory(str(folder / "chat_history")),
+        completer=WordCompleter(commands, sentence=True),
+        complete_while_typing=False,
+    )
