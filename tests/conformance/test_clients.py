@@ -1,4 +1,4 @@
-"""LangChain, LiteLLM, schemathesis, lm-evaluation-harness."""
+"""Clients that are too large for the suite: LangChain, LiteLLM, schemathesis, lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -6,12 +6,28 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Iterator
+
+import pytest
 
 from astrai_rs import Engine, SamplingParams
+from astrai_rs.model import embedded_model
+from conftest import FIXTURES
 from serving import serving
 
-FIXTURES = Path(__file__).parent.parent / "fixtures"
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with Engine(embedded_model()) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def url(engine) -> Iterator[str]:
+    with serving(engine) as (url, _):
+        yield url
+
+
 QUESTION = "What is the capital of France?"
 
 
