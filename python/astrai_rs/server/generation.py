@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
@@ -62,8 +62,11 @@ class Generation:
         prompts: Sequence[list[int]],
         params: Sequence[SamplingParams],
         metrics: Metrics,
+        on_close: Callable[[], None],
     ) -> None:
         self._group = group
+        self._on_close = on_close
+        self._closed = False
         self._metrics = metrics
         self._start = time.perf_counter()
         self._last: dict[int, float] = {}
@@ -102,8 +105,15 @@ class Generation:
 
     def close(self) -> None:
         """Abort what still runs. Idempotent."""
-        self._open = 0
         self._group.close()
+        self._open = 0
+        if not self._closed:
+            self._closed = True
+            self._on_close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            self.close()
 
     def _note(self, index: int, piece: GenerationChunk) -> None:
         choice = self.choices[index]

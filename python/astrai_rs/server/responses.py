@@ -113,8 +113,7 @@ class ResponsesRequest(Wire):
     reasoning: ReasoningOptions | None = None
     stream: bool = False
     # Accepted: nothing here depends on them.
-    store: bool | None = None
-    """Accepted in both values: a stored response could not be asked for, since there is no such route."""
+    store: Literal[False] | None = None
     metadata: dict[str, str] | None = None
     user: str | None = None
     truncation: Literal["disabled"] | None = None

@@ -76,14 +76,15 @@ class ServerState:
             raise busy(message, status=429, code="queue_full")
         if not self._num_samples:
             self._busy_since = time.monotonic()
-        generation = Generation(self.engine.astream_group(prompts, params), prompts, params, self.metrics)
+        group = self.engine.astream_group(prompts, params)
         self._num_samples += wanted
-        self._live.add(generation)
-        weakref.finalize(generation, self._release, wanted)
-        return generation
 
-    def _release(self, samples: int) -> None:
-        self._num_samples -= samples
+        def release() -> None:
+            self._num_samples -= wanted
+
+        generation = Generation(group, prompts, params, self.metrics, release)
+        self._live.add(generation)
+        return generation
 
     @property
     def num_live(self) -> int:
