@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -84,8 +84,8 @@ class ChatTemplate:
         """
         if continue_final_message and add_generation_prompt:
             raise ValueError("continue_final_message and add_generation_prompt exclude each other")
-        _check_dicts("tools", tools)
-        _check_dicts("documents", documents)
+        tools = _dicts("tools", tools)
+        documents = _dicts("documents", documents)
         chat = _chat(messages)
         source = self._choose(tools)
         field = "content" if continue_final_message is True else continue_final_message
@@ -162,14 +162,17 @@ def _chat(messages: Any) -> list[dict[str, Any]]:
     return out
 
 
-def _check_dicts(name: str, items: object) -> None:
+def _dicts(name: str, items: Iterable[Any] | None) -> list[Any] | None:
+    """`items` as a list: a template reads it more than once."""
     if items is None:
-        return
+        return None
     if isinstance(items, (str, bytes, Mapping)) or not hasattr(items, "__iter__"):
         raise TypeError(f"{name} must be a list of dicts, not {type(items).__name__}")
-    for item in items:
+    listed = list(items)
+    for item in listed:
         if not isinstance(item, Mapping):
             raise TypeError(f"each of {name} must be a dict, not {type(item).__name__}")
+    return listed
 
 
 def _mark_final(chat: list[dict[str, Any]], field: str, source: str) -> str:

@@ -24,7 +24,7 @@ from astrai_rs.request import (
     core_arguments,
 )
 from astrai_rs.stream import AsyncRequestGroup, AsyncTokenStream, Prepared, RequestGroup, TokenStream
-from astrai_rs.tokenizer import AutoTokenizer
+from astrai_rs.tokenizer import AutoTokenizer, model_stop_ids
 
 Prompt = str | Sequence[int]
 """Text, or token ids."""
@@ -84,6 +84,8 @@ class Engine:
         """The `AutoTokenizer` (or the object given as `tokenizer`); None without one."""
         self._codec = _codec(self.tokenizer)
         stop_ids = _stop_ids(self.tokenizer)
+        if tokenizer is not None or self.tokenizer is None:
+            stop_ids = list(dict.fromkeys([*stop_ids, *model_stop_ids(path)]))
         self._core = _core.Engine(
             str(path),
             device=device,

@@ -200,6 +200,7 @@ class AsyncRequestGroup:
             self._sink.mailboxes.pop(request_id, None)
             self._dispatcher.abort(request_id)
         self._mailbox.items.clear()
+        self._mailbox.wake()  # a task that waits for a piece
 
     def __del__(self) -> None:
         if getattr(self, "_live", None):
@@ -257,6 +258,10 @@ class Mailbox:
 
     def receive(self, item: Event | BaseException) -> None:
         self.items.append(item)
+        self._arrived.set()
+
+    def wake(self) -> None:
+        """End a wait, though nothing has come."""
         self._arrived.set()
 
     async def wait(self) -> None:

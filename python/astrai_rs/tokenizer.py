@@ -282,8 +282,9 @@ class AutoTokenizer:
         """
         mark = None
         if sanitize_control_tokens:
-            given = [list(messages), tools, system_prompt]
-            (messages, tools, system_prompt), mark = mark_control_tokens(given, self.control_token_ids)
+            given = [list(messages), tools, system_prompt, kwargs]
+            marked, mark = mark_control_tokens(given, self.control_token_ids)
+            messages, tools, system_prompt, kwargs = marked
         text = self._render(
             messages,
             tools,
@@ -435,6 +436,23 @@ def _maps_ids_to_tokens(decoder: object) -> bool:
     )
 
 
+def model_stop_ids(path: Path) -> list[int]:
+    """The end-of-text ids that a model's own files name, whatever tokenizer it is used with."""
+    if path.is_file():
+        from astrai_rs import _core
+
+        return gguf_tokenizer.stop_ids(_core.gguf_metadata(str(path)))
+    model = read_json(path / "config.json")
+    inner = model.get("text_config") or {}
+    if not isinstance(inner, dict):
+        file = path / "config.json"
+        raise CheckpointError(f"{file}: text_config must be an object; given: {inner!r:.100}")
+    sources = (model, inner, read_json(path / "generation_config.json"))
+    ids = [source.get("eos_token_id") for source in sources]
+    flat = [i for item in ids for i in (item if isinstance(item, list) else [item])]
+    return list(dict.fromkeys(i for i in flat if isinstance(i, int)))
+
+
 def _stop_ids(
     folder: Path, backend: tokenizers.Tokenizer, config: Mapping[str, Any], special: Mapping[str, str]
 ) -> list[int]:
@@ -443,17 +461,9 @@ def _stop_ids(
     AstrAI itself stops on every mapped special token, also on begin and padding tokens, which no text ends
     with.
     """
-    model = read_json(folder / "config.json")
-    inner = model.get("text_config") or {}
-    if not isinstance(inner, dict):
-        file = folder / "config.json"
-        raise CheckpointError(f"{file}: text_config must be an object; given: {inner!r:.100}")
-    sources = (model, inner, read_json(folder / "generation_config.json"))
-    ids = [source.get("eos_token_id") for source in sources]
     names = [name for name in special if name == "eos_token" or (_is_astrai(config) and _ends(name))]
-    ids += [backend.token_to_id(special[name]) for name in names]
-    flat = [i for item in ids for i in (item if isinstance(item, list) else [item])]
-    return list(dict.fromkeys(i for i in flat if isinstance(i, int)))
+    named = [backend.token_to_id(special[name]) for name in names]
+    return list(dict.fromkeys([*model_stop_ids(folder), *(i for i in named if i is not None)]))
 
 
 def _ends(name: str) -> bool:

@@ -105,3 +105,13 @@ def test_astrai_templates_are_plain_jinja():
 def test_refusals(call, error, message):
     with pytest.raises(error, match=message):
         call(ChatTemplate("{{ messages[0].content }}"))
+
+
+def test_tools_may_come_from_any_iterable():
+    """A template reads them more than once."""
+    template = ChatTemplate(
+        "{% for _ in 'ab' %}{% for tool in tools %}{{ tool.name }}{% endfor %}{% endfor %}"
+    )
+    tools = {"a": {"name": "x"}, "b": {"name": "y"}}
+    for given in (list(tools.values()), tools.values(), iter(tools.values())):
+        assert template.render([{"role": "user", "content": "a"}], tools=given) == "xyxy"

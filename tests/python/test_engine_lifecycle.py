@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from astrai_rs import Engine, EngineClosed, SamplingParams
+from astrai_rs import AutoTokenizer, Engine, EngineClosed, SamplingParams
 from astrai_rs.stream import AsyncTokenStream
 from conftest import ENDLESS_TOKENS, INTERRUPTIBLE, LIMIT, assert_idle, python, wait_until
 from reference import GOLDEN
@@ -402,3 +402,24 @@ def test_samples_share_the_prompts_blocks() -> None:
             stream = engine.stream(prompt, params)
             most = max(engine.stats()["kv_blocks_used"] for _ in stream)
             assert 6 < most <= 6 + 16 * 2  # 16 tables of 7 blocks apiece would be 112
+
+
+async def test_closing_a_stream_wakes_the_task_that_reads_it(endless) -> None:
+    stream = endless.astream("Once", SamplingParams(max_tokens=20_000, stop="never written"))
+
+    async def read() -> None:
+        async for _ in stream:
+            pass
+
+    reader = asyncio.create_task(read())
+    await asyncio.sleep(0.05)
+    await stream.aclose()
+    await asyncio.wait_for(reader, LIMIT)
+
+
+def test_the_models_own_ends_count_with_any_tokenizer() -> None:
+    """The story model ends with id 3; a tokenizer that does not know changes nothing."""
+    tokenizer = AutoTokenizer(AutoTokenizer.from_pretrained(MODEL).backend)
+    with Engine(MODEL, tokenizer=tokenizer) as engine:
+        only_end = SamplingParams(allowed_token_ids=[3], max_tokens=4)
+        assert engine.generate([1, 2], only_end).finish_reason == "stop"

@@ -98,7 +98,7 @@ class ChatPlan:
         params = sampling_params(
             body,
             settings,
-            max_tokens=body.max_completion_tokens or body.max_tokens,
+            max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             grammar=grammar,
         )

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import TYPE_CHECKING
 
+from astrai_rs.chat_template import ChatTemplate
 from astrai_rs.server.chat import ChatPlan, ChatRequest
 from astrai_rs.server.errors import invalid
 from astrai_rs.server.generation import Generation
 from astrai_rs.server.messages import spelled_out, template_messages, template_tools
 from astrai_rs.server.tools import detect_format, detect_reasoning
+from astrai_rs.tokenizer import AutoTokenizer
 
 if TYPE_CHECKING:
     from astrai_rs.server.state import ServerState
+
+
+_RESERVED = frozenset(
+    name
+    for function in (AutoTokenizer.chat_prompt, AutoTokenizer._render, ChatTemplate.render)
+    for name in signature(function).parameters
+)
+"""What a request's variables for the template must not be called: a client chooses no template."""
 
 
 async def start_chat(state: ServerState, body: ChatRequest) -> tuple[ChatPlan, Generation]:
@@ -50,6 +61,8 @@ def chat_prompt(state: ServerState, plan: ChatPlan) -> list[int]:
     if tools and plan.spells_out_tools:
         messages, tools = spelled_out(messages, tools), []
     options = dict(body.chat_template_kwargs or {})
+    if taken := sorted(_RESERVED.intersection(options)):
+        raise invalid(f"chat_template_kwargs may not set {', '.join(taken)}", param="chat_template_kwargs")
     if body.reasoning_effort is not None:
         options.setdefault("reasoning_effort", body.reasoning_effort)
     text, ids = state.tokenizer.chat_prompt(
