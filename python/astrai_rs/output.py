@@ -75,9 +75,11 @@ class Request:
 
         Raises the exception that an error event stands for.
         """
-        if event.error is not None:
-            raise exception(*event.error)
         sample = self._samples[event.sample]
+        if event.error is not None:
+            if sample.finish_reason is not None:  # its text was complete before
+                return None
+            raise exception(*event.error)
         if event.metrics is not None:
             sample.metrics = RequestMetrics(**event.metrics)  # type: ignore[arg-type]
         if sample.finish_reason is not None:

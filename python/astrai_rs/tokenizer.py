@@ -116,7 +116,8 @@ class AutoTokenizer:
         )
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`, from which `from_pretrained` reads the same."""
+        """Write `tokenizer.json`, `tokenizer_config.json` and, in `generation_config.json`, the stop ids;
+        `from_pretrained` reads the same from them."""
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         self._backend.save(str(folder / "tokenizer.json"))
@@ -129,6 +130,8 @@ class AutoTokenizer:
                 else source
             )
             config["chat_template"] = named
+        generation = {**read_json(folder / "generation_config.json"), "eos_token_id": self.stop_ids}
+        (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
         text = json.dumps(config, indent=2, ensure_ascii=False)
         (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 

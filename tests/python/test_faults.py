@@ -151,7 +151,7 @@ def test_any_tokenizer_with_encode_and_decode(monkeypatch):
 
     monkeypatch.setattr(module._core, "Engine", Recording)
     with Engine(GLASS, tokenizer=TextOnly()) as engine:
-        assert options["eos_token_ids"] == [0, 1]
+        assert options["eos_token_ids"] == [0, 1, 3]  # the tokenizer's, and the model's own
         assert engine.generate("a", SamplingParams(bad_words=["b"])).text == "H"
         with pytest.raises(ValueError, match="no apply_chat_template"):
             engine.chat([{"role": "user", "content": "x"}])

@@ -248,6 +248,14 @@ def test_ids_that_do_not_exist_have_no_text():
         assert tokenizer.decode([*ids, strange]) == tokenizer.decode(ids)
 
 
+def test_saved_stop_ids_are_read_back(tmp_path):
+    tokenizer = AutoTokenizer(AutoTokenizer.from_pretrained(GLASS).backend, stop_ids=[3, 7])
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.5}')
+    tokenizer.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).stop_ids == [3, 7]
+    assert json.loads((tmp_path / "generation_config.json").read_text())["temperature"] == 0.5
+
+
 def test_half_a_surrogate_pair_is_refused():
     tokenizer = AutoTokenizer.from_pretrained(GLASS)
     for text in ("a\ud800", ["fine", "a\udfff"]):
