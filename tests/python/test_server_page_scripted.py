@@ -154,7 +154,7 @@ def visit(browser, url) -> Iterator[Callable]:
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
         context.set_default_timeout(WAIT * 1000)
         contexts.append(context)
-        context.expose_function("reportFault", faults.append)
+        context.expose_function("reportFault", lambda fault: faults.append(fault))
         context.add_init_script(
             "addEventListener('securitypolicyviolation', (e) => reportFault(e.violatedDirective))"
         )

@@ -144,7 +144,7 @@ async function showModel() {
 async function ask() {
   const body = request();
   /** @type {Message} */
-  const answer = { role: "assistant", content: "", note: "not finished" };
+  const answer = { role: "assistant", content: "", note: "stopped" }; // unless it gets further
   const controller = new AbortController();
   messages.push(answer);
   running = controller;
@@ -199,12 +199,11 @@ function summary({ tokens, wait, span, isCut }) {
 }
 
 function fail(answer, error) {
-  delete answer.note;
   if (error.name === "AbortError") {
-    answer.note = "stopped";
     say("Answer ended");
     return;
   }
+  delete answer.note;
   answer.error = error.message;
   say("");
   if (error.status === 401) wantKey(error.message);
@@ -227,8 +226,10 @@ const cards = new WeakMap();
 
 function draw() {
   const box = $("messages");
-  const nodes = messages.length ? messages.map(cardOf) : [emptyNote()];
-  following(() => patch(box, nodes, (old, node) => old === node));
+  following(() => {
+    const nodes = messages.length ? messages.map(cardOf) : [emptyNote()];
+    patch(box, nodes, (old, node) => old === node);
+  });
   for (const node of box.querySelectorAll(".when-idle")) node.disabled = running !== null;
   $("send").hidden = running !== null;
   $("stop").hidden = running === null;
@@ -384,6 +385,13 @@ function newChat() {
   focusInput();
 }
 
+/** Stop before the browser does, which looks like a broken connection. */
+function leave() {
+  if (!running) return;
+  saveMessages();
+  running.abort();
+}
+
 function onEnter(event, action) {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
@@ -447,7 +455,7 @@ function listen() {
   $("settings").addEventListener("change", saveSettings);
   $("key").addEventListener("change", showModel);
   document.addEventListener("keydown", (event) => event.key === "Escape" && !event.isComposing && onEscape());
-  addEventListener("pagehide", () => running && saveMessages());
+  addEventListener("pagehide", leave);
 }
 
 restore();
