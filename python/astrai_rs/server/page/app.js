@@ -1,18 +1,67 @@
+"use strict";
 /** The chat page: one conversation with the server that this page came from. */
 
-import { element, render } from "./markdown.js";
+import { copyButton, element, render } from "./markdown.js";
 
 /**
- * @typedef {{role: "user" | "assistant", content: string, reasoning?: string, note?: string, error?: string}} Message
+ * @typedef {object} Message
+ * @property {"user" | "assistant"} role
+ * @property {string} content
+ * @property {string} [reasoning]
+ * @property {string} [note] how the answer went: its tokens and times, or why it is not whole
+ * @property {string} [error]
  */
 
 const $ = (id) => document.getElementById(id);
-const FIELDS = ["system", "temperature", "top_p", "max_tokens", "seed"];
+const SAMPLING = ["temperature", "top_p", "max_tokens", "seed"];
+const FIELDS = ["system", ...SAMPLING];
 
 /** @type {Message[]} */
-let messages = JSON.parse(localStorage.getItem("messages") ?? "[]");
+let messages = [];
 /** @type {AbortController | null} */
 let running = null;
+/** @type {string | undefined} */
+let model;
+
+// --- What the browser keeps ------------------------------------------------------------------------
+
+/** @returns {any} what was stored; `undefined` without it, or where it is not readable */
+function load(name) {
+  try {
+    return JSON.parse(localStorage.getItem(`astrai_rs.${name}`)) ?? undefined;
+  } catch {
+    return undefined;
+  }
+}
+
+function store(name, value) {
+  try {
+    localStorage.setItem(`astrai_rs.${name}`, JSON.stringify(value));
+  } catch {
+    say("The browser does not keep this conversation: its storage is full or off");
+  }
+}
+
+function saveMessages() {
+  store("messages", messages);
+}
+
+function saveSettings() {
+  store("settings", Object.fromEntries(FIELDS.map((name) => [name, $(name).value])));
+  sessionStorage.setItem("astrai_rs.key", $("key").value);
+}
+
+function restore() {
+  const isMessage = (each) => ["user", "assistant"].includes(each?.role) && typeof each.content === "string";
+  const kept = load("messages");
+  messages = Array.isArray(kept) ? kept.filter(isMessage) : [];
+  const settings = load("settings") ?? {};
+  for (const name of FIELDS) $(name).value = settings[name] ?? $(name).value;
+  $("key").value = sessionStorage.getItem("astrai_rs.key") ?? "";
+  setTheme(load("theme"));
+}
+
+// --- The server ------------------------------------------------------------------------------------
 
 /** An answer of the server that is not 200. */
 class Refusal extends Error {
@@ -22,199 +71,355 @@ class Refusal extends Error {
   }
 }
 
-// --- The server ------------------------------------------------------------------------------------
-
+/** @param {string} path @param {object} [body] @param {AbortSignal} [signal] */
 async function call(path, body, signal) {
   const headers = { "Content-Type": "application/json" };
   if ($("key").value) headers.Authorization = `Bearer ${$("key").value}`;
-  const method = body ? "POST" : "GET";
-  const answer = await fetch(path, { method, headers, signal, body: body && JSON.stringify(body) });
-  if (answer.ok) return answer;
+  const options = { method: body ? "POST" : "GET", headers, signal, body: body && JSON.stringify(body) };
+  const answer = await fetch(path, options).catch(lost("The server cannot be reached"));
+  if (answer.ok) {
+    wantKey(null);
+    return answer;
+  }
   const { error } = await answer.json().catch(() => ({}));
   throw new Refusal(answer.status, error?.message ?? `the server answered ${answer.status}`);
 }
 
-/** The data of server-sent events. @param {Response} answer */
+/** Name a broken connection; what the user stopped stays as it is. @param {string} message */
+function lost(message) {
+  return (error) => {
+    throw error.name === "AbortError" ? error : new Error(message);
+  };
+}
+
+/** The data of server-sent events, up to `[DONE]`. @param {Response} answer */
 async function* events(answer) {
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  const broken = "The connection ended before the answer did";
   let text = "";
-  for (let part = await reader.read(); !part.done; part = await reader.read()) {
-    const blocks = (text + part.value).split("\n\n");
-    text = blocks.pop();
-    for (const block of blocks) {
-      const data = block.split("\n").filter((line) => line.startsWith("data: ")).map((line) => line.slice(6)).join("\n");
-      if (data && data !== "[DONE]") yield JSON.parse(data);
+  try {
+    for (;;) {
+      const { done, value } = await reader.read().catch(lost(broken));
+      if (done) throw new Error(broken);
+      const blocks = (text + value).split("\n\n");
+      text = blocks.pop();
+      for (const data of blocks.map(dataOf)) {
+        if (data === "[DONE]") return;
+        if (data) yield JSON.parse(data);
+      }
     }
+  } finally {
+    reader.cancel().catch(() => {});
   }
+}
+
+function dataOf(block) {
+  const lines = block.split("\n").filter((line) => line.startsWith("data:"));
+  return lines.map((line) => line.slice(5).trimStart()).join("\n");
 }
 
 function request() {
   const sent = messages.filter((message) => message.content).map(({ role, content }) => ({ role, content }));
   if ($("system").value) sent.unshift({ role: "system", content: $("system").value });
-  const body = { messages: sent, stream: true, stream_options: { include_usage: true } };
-  for (const name of ["temperature", "top_p", "max_tokens", "seed"]) {
-    if ($(name).value !== "") body[name] = Number($(name).value);
-  }
+  const body = { model, messages: sent, stream: true, stream_options: { include_usage: true } };
+  for (const name of SAMPLING) if ($(name).value !== "") body[name] = Number($(name).value);
   return body;
-}
-
-/** Ask for an answer to the conversation as it stands, and show it as it comes. */
-async function ask() {
-  const body = request();
-  /** @type {Message} */
-  const answer = { role: "assistant", content: "" };
-  messages.push(answer);
-  running = new AbortController();
-  draw();
-  say("Answering");
-  const start = performance.now();
-  let first = 0;
-  let tokens = 0;
-  try {
-    for await (const event of events(await call("/v1/chat/completions", body, running.signal))) {
-      if (event.error) throw new Error(event.error.message);
-      const delta = event.choices[0]?.delta ?? {};
-      if (!first && (delta.content || delta.reasoning_content)) first = performance.now();
-      answer.content += delta.content ?? "";
-      if (delta.reasoning_content) answer.reasoning = (answer.reasoning ?? "") + delta.reasoning_content;
-      tokens = event.usage?.completion_tokens ?? tokens;
-      drawLast();
-    }
-    say("Answer complete");
-  } catch (error) {
-    if (error.name === "AbortError") answer.note = "stopped";
-    else fail(answer, error);
-  }
-  running = null;
-  if (tokens > 1 && first) answer.note = speed(tokens, first - start, performance.now() - first);
-  save();
-  draw();
-  $("input").focus();
-}
-
-function speed(tokens, wait, span) {
-  return `${tokens} tokens · ${(((tokens - 1) * 1000) / span).toFixed(1)} tokens/s · first after ${Math.round(wait)} ms`;
-}
-
-function fail(answer, error) {
-  answer.error = error.message;
-  say(`Error: ${error.message}`);
-  if (error.status === 401) wantKey(error.message);
-}
-
-function wantKey(message) {
-  toggleSettings(true);
-  $("key-note").hidden = false;
-  $("key-note").textContent = `The server wants an API key: ${message}`;
-  $("key").focus();
 }
 
 async function showModel() {
   try {
     const { data } = await (await call("/v1/models")).json();
-    $("model").textContent = data[0].id;
-    $("key-note").hidden = true;
+    model = data[0]?.id;
+    $("model").textContent = model ?? "no model";
+    $("model").title = model ?? "";
   } catch (error) {
     $("model").textContent = error.status === 401 ? "API key needed" : "no connection";
     if (error.status === 401) wantKey(error.message);
   }
 }
 
-// --- The page --------------------------------------------------------------------------------------
+// --- An answer -------------------------------------------------------------------------------------
+
+/** Ask for an answer to the conversation as it stands, and show it as it comes. */
+async function ask() {
+  const body = request();
+  /** @type {Message} */
+  const answer = { role: "assistant", content: "", note: "stopped" }; // unless it gets further
+  const controller = new AbortController();
+  messages.push(answer);
+  running = controller;
+  saveMessages();
+  draw();
+  scrollToEnd();
+  say("Answering");
+  try {
+    answer.note = await receive(answer, body, controller.signal);
+    say("Answer complete");
+  } catch (error) {
+    fail(answer, error);
+  }
+  if (running === controller) running = null;
+  saveMessages();
+  draw();
+  if (!model && !answer.error) showModel();
+}
+
+/** Fill `answer` from the stream. @param {Message} answer @returns {Promise<string>} how it went */
+async function receive(answer, body, signal) {
+  const start = performance.now();
+  const times = { tokens: 0, wait: 0, span: 0, isCut: false };
+  for await (const event of events(await call("/v1/chat/completions", body, signal))) {
+    if (event.error) throw new Error(event.error.message);
+    const choice = event.choices?.[0];
+    if (choice?.delta?.content || choice?.delta?.reasoning_content) {
+      const now = performance.now() - start;
+      if (times.wait) times.span = now - times.wait;
+      else times.wait = now;
+      extend(answer, choice.delta);
+    }
+    times.isCut ||= choice?.finish_reason === "length";
+    times.tokens = event.usage?.completion_tokens ?? times.tokens;
+  }
+  return summary(times);
+}
+
+function extend(answer, { content, reasoning_content: reasoning }) {
+  answer.content += content ?? "";
+  if (reasoning) answer.reasoning = (answer.reasoning ?? "") + reasoning;
+  paintSoon(answer);
+}
+
+/** @param {{tokens: number, wait: number, span: number, isCut: boolean}} times in milliseconds */
+function summary({ tokens, wait, span, isCut }) {
+  const parts = [`${tokens} ${tokens === 1 ? "token" : "tokens"}`];
+  if (span && tokens > 1) parts.push(`${(((tokens - 1) * 1000) / span).toFixed(1)} tokens/s`);
+  if (wait) parts.push(`first after ${Math.round(wait)} ms`);
+  if (isCut) parts.push("ended at the token limit");
+  return parts.join(" · ");
+}
+
+function fail(answer, error) {
+  if (error.name === "AbortError") {
+    say("Answer ended");
+    return;
+  }
+  delete answer.note;
+  answer.error = error.message;
+  say("");
+  if (error.status === 401) wantKey(error.message);
+}
+
+/** Open the key's field and say why; `null`: the key is right. @param {string | null} reason */
+function wantKey(reason) {
+  $("key-note").hidden = reason === null;
+  $("key").toggleAttribute("aria-invalid", reason !== null);
+  if (reason === null) return;
+  $("key-note").textContent = `The server wants an API key: ${reason}`;
+  toggleSettings(true);
+  $("key").focus();
+}
+
+// --- The conversation ------------------------------------------------------------------------------
+
+/** The cards of messages: a drawn one stays, with what is selected or open in it. @type {WeakMap<Message, HTMLElement>} */
+const cards = new WeakMap();
 
 function draw() {
   const box = $("messages");
-  box.replaceChildren(...messages.map(card));
-  if (!messages.length) box.append(element("p", { class: "empty" }, "Ask something. The conversation stays in this browser."));
+  following(() => {
+    const nodes = messages.length ? messages.map(cardOf) : [emptyNote()];
+    patch(box, nodes, (old, node) => old === node);
+  });
+  for (const node of box.querySelectorAll(".when-idle")) node.disabled = running !== null;
   $("send").hidden = running !== null;
   $("stop").hidden = running === null;
-  box.scrollTop = box.scrollHeight;
+  if (document.activeElement === document.body) focusInput();
 }
 
-/** Redraw the answer that is being written; follow it unless the reader has scrolled up. */
-function drawLast() {
+/** Make `nodes` the children of `parent`, without touching those that are there already. */
+function patch(parent, nodes, isSame) {
+  for (const [index, node] of nodes.entries()) {
+    const old = parent.childNodes[index];
+    if (!old) parent.append(node);
+    else if (!isSame(old, node)) old.replaceWith(node);
+  }
+  while (parent.childNodes.length > nodes.length) parent.lastChild.remove();
+}
+
+/** Follow the end of the conversation through a change, unless the reader has scrolled up. */
+function following(change) {
   const box = $("messages");
   const follows = box.scrollHeight - box.scrollTop - box.clientHeight < 60;
-  box.lastElementChild.replaceWith(card(messages.at(-1), messages.length - 1));
-  if (follows) box.scrollTop = box.scrollHeight;
+  change();
+  if (follows) scrollToEnd();
 }
 
-/** @param {Message} message @param {number} index */
-function card(message, index) {
-  const isUser = message.role === "user";
-  const isOpen = running !== null && index === messages.length - 1;
-  const node = element("article", { class: message.role, "aria-label": isUser ? "You" : "Model" });
-  if (message.reasoning) {
-    const details = element("details", {}, element("summary", {}, "Reasoning"), message.reasoning);
-    details.open = isOpen && !message.content;
-    node.append(details);
-  }
-  const text = isUser ? [message.content] : render(message.content);
-  node.append(element("div", { class: isOpen ? "body waiting" : "body" }, ...text));
-  if (message.error) node.append(element("p", { class: "error", role: "alert" }, message.error));
-  if (!isOpen) node.append(foot(message, index));
-  return node;
+function scrollToEnd() {
+  $("messages").scrollTop = $("messages").scrollHeight;
 }
 
-function foot(message, index) {
-  const bar = element("div", { class: "foot" });
-  if (message.note) bar.append(element("span", {}, message.note));
-  bar.append(button("Copy", () => navigator.clipboard?.writeText(message.content)));
-  if (message.role === "user") bar.append(button("Edit", () => edit(index)));
-  else bar.append(button("Retry", () => resend(index)));
-  return bar;
+function emptyNote() {
+  return element("p", { class: "empty" }, "Ask something. The conversation stays in this browser.");
 }
 
-function button(label, action) {
-  const node = element("button", { type: "button" }, label);
+/** @param {Message} message */
+function cardOf(message) {
+  const known = cards.get(message);
+  const card = known ?? (message.role === "user" ? userCard(message) : answerCard());
+  cards.set(message, card);
+  if (message.role === "assistant") paint(message);
+  return card;
+}
+
+function userCard(message) {
+  const foot = element("div", { class: "foot" }, copyButton(() => message.content, "Copy message"));
+  foot.append(button("Edit", () => edit(message), "when-idle"));
+  return element("article", { class: "user", "aria-label": "You" }, element("div", { class: "body" }, message.content), foot);
+}
+
+function answerCard() {
+  const reasoning = element("details", { hidden: "" }, element("summary", {}, "Reasoning"), element("div"));
+  reasoning.firstChild.addEventListener("click", () => (reasoning.dataset.chosen = ""));
+  const foot = element("div", { class: "foot" });
+  return element("article", { class: "assistant", "aria-label": "Model" }, reasoning, element("div", { class: "body" }), foot);
+}
+
+/** Bring an answer's card up to date. @param {Message} message */
+function paint(message) {
+  const card = cards.get(message);
+  const [reasoning, body, foot] = ["details", ".body", ".foot"].map((part) => card.querySelector(part));
+  const isOpen = running !== null && message === messages.at(-1);
+  card.setAttribute("aria-busy", String(isOpen));
+  reasoning.hidden = !message.reasoning;
+  if (message.reasoning) reasoning.lastChild.textContent = message.reasoning;
+  if (!("chosen" in reasoning.dataset)) reasoning.open = isOpen && !message.content;
+  body.classList.toggle("waiting", isOpen);
+  patch(body, render(message.content), (old, node) => old.isEqualNode(node));
+  if (isOpen) foot.replaceChildren();
+  else if (!foot.hasChildNodes()) fillFoot(foot, message);
+}
+
+/** @type {Set<Message>} */
+const unpainted = new Set();
+
+/** Paint at most once per frame: pieces may come faster. @param {Message} message */
+function paintSoon(message) {
+  if (!unpainted.size) requestAnimationFrame(paintAll);
+  unpainted.add(message);
+}
+
+function paintAll() {
+  following(() => unpainted.forEach(paint));
+  unpainted.clear();
+}
+
+function fillFoot(foot, message) {
+  if (message.error) foot.before(element("p", { class: "error", role: "alert" }, message.error));
+  if (message.note) foot.append(element("span", {}, message.note));
+  if (message.content) foot.append(copyButton(() => message.content, "Copy answer"));
+  foot.append(button("Retry", () => retry(message), "when-idle"));
+}
+
+function button(label, action, kind = "") {
+  const node = element("button", { type: "button", class: kind }, label);
   node.addEventListener("click", action);
   return node;
 }
 
-/** Change a message of the user's; sending it drops what followed. */
-function edit(index) {
-  if (running) return;
+// --- What the user does ----------------------------------------------------------------------------
+
+/** Change a message of the user's; sending it drops what followed. @param {Message} message */
+function edit(message) {
+  const card = cards.get(message);
   const field = element("textarea", { class: "edit", rows: "3", "aria-label": "Edit message" });
-  field.value = messages[index].content;
-  const send = () => {
-    messages = [...messages.slice(0, index), { role: "user", content: field.value }];
+  field.value = message.content;
+  const cancel = () => {
+    cards.delete(message);
+    draw();
+    cards.get(message).querySelector(".when-idle").focus();
+  };
+  const resend = () => {
+    if (running || !field.value.trim()) return;
+    cut(message, { role: "user", content: field.value.trim() });
     ask();
   };
-  const place = $("messages").children[index];
-  place.replaceChildren(field, element("div", { class: "foot" }, button("Send", send), button("Cancel", draw)));
+  const buttons = [button("Cancel", cancel), button("Send", resend, "when-idle main")];
+  card.replaceChildren(field, element("div", { class: "foot" }, ...buttons));
   field.addEventListener("keydown", (event) => {
-    if (event.key === "Escape") draw();
-    else onEnter(event, send);
+    onEnter(event, resend);
+    if (event.key !== "Escape" || running) return;
+    event.stopPropagation();
+    cancel();
   });
+  grow(field);
   field.focus();
 }
 
-function resend(index) {
-  if (running) return;
-  messages = messages.slice(0, index);
+/** @param {Message} answer */
+function retry(answer) {
+  cut(answer);
   ask();
 }
 
-function onEnter(event, action) {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
-    event.preventDefault();
-    action();
-  }
+/** Put `others` in place of a message and all that followed it. @param {Message} message @param {Message[]} others */
+function cut(message, ...others) {
+  messages = [...messages.slice(0, messages.indexOf(message)), ...others];
 }
 
 function send() {
   const text = $("input").value.trim();
   if (!text || running) return;
   $("input").value = "";
-  grow();
+  grow($("input"));
   messages.push({ role: "user", content: text });
   ask();
 }
 
-function grow() {
-  $("input").rows = Math.min(8, $("input").value.split("\n").length);
+function newChat() {
+  running?.abort();
+  running = null;
+  messages = [];
+  saveMessages();
+  draw();
+  say("New chat");
+  focusInput();
 }
 
+/** Stop before the browser does, which looks like a broken connection. */
+function leave() {
+  if (!running) return;
+  saveMessages();
+  running.abort();
+}
+
+function onEnter(event, action) {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  action();
+}
+
+function onEscape() {
+  if (running) running.abort();
+  else if (!$("settings").hidden) {
+    toggleSettings(false);
+    $("settings-toggle").focus();
+  }
+}
+
+// --- The page --------------------------------------------------------------------------------------
+
+/** Make a text field as high as its text; the style sheet sets the most. */
+function grow(field) {
+  field.style.height = "auto";
+  field.style.height = `${field.scrollHeight + field.offsetHeight - field.clientHeight}px`;
+}
+
+/** Not where that would open a keyboard on the screen. */
+function focusInput() {
+  if (!matchMedia("(pointer: coarse)").matches) $("input").focus({ preventScroll: true });
+}
+
+/** Tell screen readers. */
 function say(text) {
   $("status").textContent = text;
 }
@@ -224,20 +429,16 @@ function toggleSettings(open) {
   $("settings-toggle").setAttribute("aria-expanded", String(open));
 }
 
-function save() {
-  localStorage.setItem("messages", JSON.stringify(messages));
-  for (const name of FIELDS) localStorage.setItem(name, $(name).value);
-  sessionStorage.setItem("key", $("key").value);
-}
-
+/** @param {"dark" | "light" | undefined} theme `undefined`: the system's */
 function setTheme(theme) {
-  document.documentElement.dataset.theme = theme;
+  if (theme) document.documentElement.dataset.theme = theme;
 }
 
-function restore() {
-  for (const name of FIELDS) $(name).value = localStorage.getItem(name) ?? $(name).value;
-  $("key").value = sessionStorage.getItem("key") ?? "";
-  setTheme(localStorage.getItem("theme") ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"));
+function toggleTheme() {
+  const systems = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+  const theme = (document.documentElement.dataset.theme ?? systems) === "dark" ? "light" : "dark";
+  store("theme", theme);
+  setTheme(theme);
 }
 
 function listen() {
@@ -246,28 +447,20 @@ function listen() {
     send();
   });
   $("input").addEventListener("keydown", (event) => onEnter(event, send));
-  $("input").addEventListener("input", grow);
+  $("input").addEventListener("input", () => grow($("input")));
   $("stop").addEventListener("click", () => running?.abort());
-  document.addEventListener("keydown", (event) => event.key === "Escape" && running?.abort());
-  $("new").addEventListener("click", () => {
-    running?.abort();
-    messages = [];
-    save();
-    draw();
-    $("input").focus();
-  });
+  $("new").addEventListener("click", newChat);
+  $("theme").addEventListener("click", toggleTheme);
   $("settings-toggle").addEventListener("click", () => toggleSettings($("settings").hidden));
-  $("settings").addEventListener("change", save);
+  $("settings").addEventListener("change", saveSettings);
   $("key").addEventListener("change", showModel);
-  $("theme").addEventListener("click", () => {
-    const theme = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
-    localStorage.setItem("theme", theme);
-    setTheme(theme);
-  });
+  document.addEventListener("keydown", (event) => event.key === "Escape" && !event.isComposing && onEscape());
+  addEventListener("pagehide", leave);
 }
 
 restore();
 listen();
 draw();
+scrollToEnd();
+focusInput();
 showModel();
-$("input").focus();
