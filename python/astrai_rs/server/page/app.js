@@ -85,10 +85,10 @@ async function call(path, body, signal) {
   throw new Refusal(answer.status, error?.message ?? `the server answered ${answer.status}`);
 }
 
-/** Name a broken connection; what the user stopped stays as it is. @param {string} message */
+/** Name a broken connection. @param {string} message */
 function lost(message) {
-  return (error) => {
-    throw error.name === "AbortError" ? error : new Error(message);
+  return () => {
+    throw new Error(message);
   };
 }
 
@@ -156,7 +156,8 @@ async function ask() {
     answer.note = await receive(answer, body, controller.signal);
     say("Answer complete");
   } catch (error) {
-    fail(answer, error);
+    if (controller.signal.aborted) say("Answer ended");
+    else fail(answer, error);
   }
   if (running === controller) running = null;
   saveMessages();
@@ -199,10 +200,6 @@ function summary({ tokens, wait, span, isCut }) {
 }
 
 function fail(answer, error) {
-  if (error.name === "AbortError") {
-    say("Answer ended");
-    return;
-  }
   delete answer.note;
   answer.error = error.message;
   say("");
