@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -99,9 +99,11 @@ def assert_idle(engine: Engine) -> None:
 
 
 @contextmanager
-def python(*arguments: str, **options) -> Iterator[subprocess.Popen[str]]:
+def python(
+    *arguments: str, env: Mapping[str, str] | None = None, **options
+) -> Iterator[subprocess.Popen[str]]:
     """A Python process that finds this astrai_rs; its streams are text. Killed at the end."""
-    environment = os.environ | {"PYTHONPATH": str(Path(astrai_rs.__file__).parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(astrai_rs.__file__).parent.parent), **(env or {})}
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
     with subprocess.Popen([sys.executable, *arguments], text=True, env=environment, **options) as process:
         try:
