@@ -66,8 +66,9 @@ async def signalled(served: Served, body: dict, *signals: signal.Signals) -> lis
     """Eight streams during which signals come."""
     streams = [asyncio.create_task(read_stream(served.url, body)) for _ in range(8)]
     async with httpx.AsyncClient(base_url=served.url, timeout=LIMIT) as client:
-        while (await client.get("/stats")).json()["num_requests_running"] < 8:
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(LIMIT):
+            while (await client.get("/stats")).json()["num_requests_running"] < 8:
+                await asyncio.sleep(0.01)
     for each in signals:
         os.kill(served.process.pid, each)
         await asyncio.sleep(0.2)
@@ -114,7 +115,7 @@ async def test_a_kill_leaves_nothing_behind(endless_folder, tmp_path):
     for kill in (signal.SIGKILL, signal.SIGTERM):
         with serve_process(endless_folder, *port, "--kv-cache-tokens", "65536", env=environment) as process:
             served = Served(process)
-            body = {**FOREVER, "max_tokens": 30_000 if kill == signal.SIGKILL else 20}
+            body = {**FOREVER, "max_tokens": 30_000 if kill == signal.SIGKILL else 2000}
             results = await signalled(served, body, kill)
             ends = {end for end, _ in results}
             assert ends <= {"RemoteProtocolError", "ReadError"} if kill == signal.SIGKILL else {"complete"}
