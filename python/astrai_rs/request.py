@@ -46,8 +46,10 @@ class StructuredOutputsParams:
         check_bool("disable_any_whitespace", self.disable_any_whitespace)
         for name in ("regex", "grammar"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, str) and value):
+            if value is not None and not isinstance(value, str):
                 raise TypeError(f"structured_outputs.{name} must be a non-empty string, not {_show(value)}")
+            if value == "":
+                raise ValueError(f"structured_outputs.{name} must be a non-empty string; given: ''")
         if self.choice is not None:
             what = "a list of strings"
             choice = check_strings("structured_outputs.choice", self.choice, what=what)

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     import tokenizers
 
 
+_LONG_TEXT = 10_000
+"""Characters that take about a millisecond to encode."""
+
+
 class AutoTokenizer:
     """A model's tokenizer, special tokens, stop ids and chat template.
 
@@ -185,9 +189,9 @@ class AutoTokenizer:
             "is_pretokenized": is_pretokenized,
         }
         try:
-            if single:
+            if single and len(texts[0]) < _LONG_TEXT:
                 encoded = [self._backend.encode(texts[0], **options)]
-            else:
+            else:  # unlike the other one without the GIL
                 encoded = self._backend.encode_batch_fast(texts, **options)
         except TypeError as error:  # of the right types as checked above
             raise ValueError("the text holds half of a surrogate pair, which is no Unicode") from error
@@ -327,6 +331,11 @@ class AutoTokenizer:
                 "the model has no chat template: pass text, or set one with tokenizer.set_chat_template(...)"
             )
         return own
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token's name: `n` ids hold no more than `n` times that."""
+        return max(map(len, self._backend.get_vocab()), default=1)
 
     @cached_property
     def control_token_ids(self) -> dict[str, int]:

@@ -103,10 +103,16 @@ impl GrammarCompiler {
         let made =
             catch_unwind(AssertUnwindSafe(|| Matcher::new(self.factory.create_parser(grammar))));
         let matcher = made.map_err(|_| Error::bug("the grammar compiler panicked"))?;
-        match matcher.get_error() {
-            None => Ok(Grammar(Arc::new(matcher))),
-            Some(message) => Err(Error::invalid(plain(&message))),
+        if let Some(message) = matcher.get_error() {
+            return Err(Error::invalid(plain(&message)));
         }
+        let grammar = Grammar(Arc::new(matcher));
+        let mut first = grammar.start();
+        first.prepare();
+        if first.mask.is_none() {
+            return Err(first.error());
+        }
+        Ok(grammar)
     }
 }
 
@@ -227,7 +233,7 @@ impl GrammarState {
     pub fn mask(&self) -> Result<&[u32]> {
         match &self.mask {
             Some(mask) => Ok(mask.as_slice()),
-            None => Err(self.error()),
+            None => Err(self.error().context("structured_outputs")),
         }
     }
 
@@ -240,13 +246,16 @@ impl GrammarState {
         if is_taken && (!is_stopped || matcher.stop_reason().is_ok()) {
             return Ok(is_stopped);
         }
-        Err(self.error())
+        Err(self.error().context("structured_outputs"))
     }
 
     fn error(&self) -> Error {
         let matcher = self.matcher.as_ref().unwrap_or(&self.start.0);
         let message = matcher.get_error().unwrap_or_else(|| matcher.stop_reason().to_string());
-        Error::invalid(format!("structured_outputs: {}", plain(&message)))
+        match plain(&message).as_str() {
+            "NoExtension" | "NoExtensionBias" => Error::invalid("no output satisfies it"),
+            message => Error::invalid(message),
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from xml.etree import ElementTree
 
@@ -117,11 +118,29 @@ def test_jsonl_of_messages(case, tmp_path):
     )
     code, out, _ = run("run", "--input", tmp_path / "in.jsonl")
     assert (code, json.loads(out)["num_tokens"]) == (0, 3)
-    code, _, err = run("run", "--input", tmp_path / "in.jsonl", "--raw")
-    assert (code, err) == (
-        2,
-        "astrai-rs: error: messages need a chat template, and --raw is given or the model has none\n",
-    )
+    code, out, err = run("run", "--input", tmp_path / "in.jsonl", "--raw")
+    error = "messages need a chat template, and --raw is given or the model has none"
+    assert (code, json.loads(out)["error"]) == (1, error)
+    assert f"error: {tmp_path}/in.jsonl:1: {error}\n" in err
+
+
+def test_a_line_that_cannot_be_answered_costs_no_other(tmp_path):
+    lines = [{"prompt": "a"}, {"prompt": "a", "top_p": 2}, {"prompt": "b " * 5000}, {"prompt": "b"}]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    code, out, err = run("run", "--input", "-", "-n", 2, input=text)
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert (code, [row["prompt"] for row in rows]) == (1, [line["prompt"] for line in lines])
+    assert ["error" in row for row in rows] == [False, True, True, False]
+    assert rows[1]["error"] == "top_p must be above 0 and at most 1; given: 2"
+    assert "error: -:3: the prompt must leave room" in err
+
+
+def test_text_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(b'{"prompt": "a"}\n{"prompt": "caf\xe9"}\n')
+    code, _, err = run("run", "--input", tmp_path / "in.jsonl")
+    assert (code, "in.jsonl:2: not UTF-8: byte 0xe9 at 15" in err) == (2, True)
+    code, _, err = run("run", os.fsdecode(b"caf\xe9"))
+    assert (code, "the prompt is not UTF-8 from character 3 on" in err) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +156,6 @@ def test_jsonl_of_messages(case, tmp_path):
         ('{"prompt": "a", "logprobs": 1}', "in.jsonl:1: unknown fields: logprobs"),
         ('{"prompt": "a", "top_k": "x"}', "in.jsonl:1: top_k must be an int"),
         ('{"prompt": "a", "structured_outputs": {}}', "in.jsonl:1: structured_outputs takes exactly one of"),
-        ('{"prompt": "a", "top_p": 2}', "top_p must be above 0 and at most 1; given: 2"),
     ],
 )
 def test_bad_jsonl(tmp_path, line, message):
@@ -165,9 +183,15 @@ def test_bad_jsonl(tmp_path, line, message):
         (("run", "word " * 200), 2, "tokens"),
         (("run", "a", "--input", "x"), 2, "give a prompt or --input, not both"),
         (("run", "--input", "/no/such"), 2, "/no/such: no such file"),
-        (("run", "--input", GLASS / "golden.json", "--json"), 2, "--json and --system are for one prompt"),
-        (("run", "--input", GLASS / "golden.json", "--system", "x"), 2, "--json and --system are for one"),
-        (("run",), 2, "the prompt on stdin is empty"),
+        (("run", "--input", GLASS / "golden.json", "--json"), 2, "--json is for one prompt"),
+        (("run", "--input", GLASS / "golden.json", "--system", "x"), 2, "--system is for one prompt"),
+        (("run", "a", "--output", "x"), 2, "--output is for the answers to --input"),
+        (("bench", "throughput", "--output-json", "/no/b.json"), 2, "/no/b.json cannot be written"),
+        (("bench", "serve", "--plot", "l.png"), 2, "--plot writes .svg files"),
+        (("serve", "--api-key", ""), 2, "an API key must not be empty"),
+        (("serve", "--served-model-name", " "), 2, "--served-model-name must not be empty"),
+        (("serve", "--allowed-origin", "foo"), 2, "--allowed-origin must be like https://"),
+        (("run",), 2, "the prompt is empty"),
         (("run", "a", "--nothing"), 2, "--nothing"),
         (("walk",), 2, "walk"),
     ],
@@ -197,7 +221,7 @@ def test_missing_model(model):
     assert code in (1, 2)
     assert err in (
         "astrai-rs: error: /no/such: no such file or folder\n",
-        "astrai-rs: error: no --model given, and no embedded one: pip install 'astrai_rs[demo]'\n",
+        "astrai-rs: error: --model must not be empty\n",
     )
 
 
@@ -248,7 +272,7 @@ def test_chat_commands(tmp_path):
     """/retry answers again, /undo forgets, /set changes the sampling, /save writes what was said."""
     file = tmp_path / "said.json"
     typed = f"Once upon\n/retry\n/set max_tokens 3\nThe queen\n/undo\n/system Hm\n/save {file}\n"
-    typed += "/set colour 3\n/set top_p x\n/save\n/new\n/retry\n"
+    typed += "/set colour 3\n/set top_p x\n/set temperature -1\n/set n 2\n/save\n/new\n/retry\n"
     code, out, err = run("chat", "-t", 0, "-n", 8, *EXACT, input=typed)
     with Engine(GLASS, dtype="float32") as engine:
         first = engine.generate("Once upon ", SamplingParams(temperature=0, max_tokens=8)).text
@@ -260,7 +284,14 @@ def test_chat_commands(tmp_path):
         {"role": "user", "content": "Once upon"},
         {"role": "assistant", "content": first},
     ]
-    for message in ("no such parameter: colour", "Expecting value", "needs the name", "nothing was said yet"):
+    for message in (
+        "no such parameter: colour",
+        "top_p must be a number",
+        "temperature must be",
+        "n stays 1",
+        "needs the name",
+        "nothing was said yet",
+    ):
         assert f"error: {message}" in err or message in err
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import stat
 import subprocess
 import threading
 import time
@@ -32,7 +33,7 @@ class Served:
         self.process = process
         self.url = ""
         for line in iter(process.stderr.readline, ""):
-            if "serving" in line and " on http" in line:
+            if line.startswith("serving "):
                 self.url = line.split()[-1]
             if "startup complete" in line:
                 break
@@ -95,13 +96,55 @@ async def test_sigterm_ends_what_takes_too_long_with_an_error(endless_folder):
         assert served.end() == 0
 
 
-async def test_a_second_signal_stops_at_once(endless_folder):
+async def test_a_second_signal_ends_streams_with_an_error(endless_folder):
     with serve_process(endless_folder, "--kv-cache-tokens", str(2**18)) as process:
         served = Served(process)
         start = time.monotonic()
-        await signalled(served, FOREVER, signal.SIGINT, signal.SIGINT)
-        assert served.end() is not None
+        results = await signalled(served, FOREVER, signal.SIGINT, signal.SIGINT)
+        assert served.end() == 0
         assert time.monotonic() - start < 20
+        for _, data in results:
+            assert json.loads(data[-2])["error"]["message"] == "the server is shutting down"
+
+
+async def test_sigterm_waits_for_a_request_that_is_arriving(endless_folder):
+    body = json.dumps({**FOREVER, "max_tokens": 500}).encode()
+    with serve_process(endless_folder, "--kv-cache-tokens", str(2**16)) as process:
+        served = Served(process)
+        host, port = served.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
+        writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body[:10])
+        await asyncio.sleep(0.5)
+        os.kill(process.pid, signal.SIGTERM)
+        await asyncio.sleep(0.5)
+        writer.write(body[10:])
+        async with asyncio.timeout(LIMIT):
+            answer = await reader.read()
+        writer.close()
+        assert b'"completion_tokens":500' in answer
+        assert served.end() == 0
+
+
+def test_a_unix_socket_is_its_owners_alone(tmp_path):
+    path = tmp_path / "s.sock"
+    with serve_process(GLASS, "--uds", str(path)) as process:
+        served = Served(process)
+        assert served.url == f"unix:{path}"
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        with httpx.Client(
+            transport=httpx.HTTPTransport(uds=str(path)), base_url="http://localhost"
+        ) as client:
+            assert client.get("/v1/models").status_code == 200
+        for other, message in ((path, "Address already in use"), (tmp_path / "no/s", "No such file")):
+            with serve_process(GLASS, "--uds", str(other)) as second:
+                _, err = second.communicate(timeout=LIMIT)
+                assert second.returncode == 1
+                assert f"cannot listen on {other}: {message}" in err
+                assert "Traceback" not in err
+        process.terminate()
+        assert served.end() == 0
+    assert not path.exists()
 
 
 async def test_a_kill_leaves_nothing_behind(endless_folder, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import statistics
 import sys
@@ -12,7 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from astrai_rs.cli.common import Device, Dtype, MaxLen, Model, Threads, model_name, open_engine
+from astrai_rs.cli.common import (
+    USAGE,
+    Device,
+    Dtype,
+    MaxLen,
+    Model,
+    Threads,
+    fail,
+    model_name,
+    open_engine,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,6 +59,7 @@ def latency(
     from rich.console import Console
     from rich.progress import track
 
+    _check_writable(output_json)
     with open_engine(model, device, dtype, threads, max_model_len) as engine:
         latencies = []
         console = Console(stderr=True)
@@ -84,6 +96,7 @@ def throughput(
     max_model_len: MaxLen = None,
 ) -> None:
     """Tokens per second of many prompts together."""
+    _check_writable(output_json)
     with open_engine(model, device, dtype, threads, max_model_len) as engine:
         _generate(engine, _prompts(engine, 1, input_len, seed - 1), 8)
         prompts = _prompts(engine, num_prompts, input_len, seed)
@@ -114,7 +127,7 @@ def serve(
     random_input_len: InputLen = 128,
     random_output_len: OutputLen = 64,
     request_rate: Annotated[
-        float, typer.Option(help="Requests per second, with random gaps; inf sends all at once.", min=0.0)
+        float, typer.Option(help="Requests per second, with random gaps; inf sends all at once.", min=0.001)
     ] = float("inf"),
     burstiness: Annotated[
         float, typer.Option(help="1: Poisson; below: bursts; above: even.", min=0.01)
@@ -127,8 +140,11 @@ def serve(
     """Load a server with streams, and measure what its users feel."""
     from astrai_rs.cli.load import Load, plot_svg
 
+    _check_writable(output_json, plot)
+    if plot is not None and plot.suffix != ".svg":
+        fail(f"--plot writes .svg files; given: {plot}", USAGE)
     load = Load(
-        base_url=base_url.rstrip("/"),
+        base_url=base_url.rstrip("/").removesuffix("/v1"),
         model=model,
         api_key=api_key,
         num_prompts=num_prompts,
@@ -164,6 +180,13 @@ def _generate(engine: Engine, prompts: list[list[int]], tokens: int, *, progress
 
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     engine.generate(prompts, params, progress=progress)
+
+
+def _check_writable(*paths: Path | None) -> None:
+    """Before minutes of measuring."""
+    for path in paths:
+        if path is not None and not os.access(path if path.exists() else path.parent, os.W_OK):
+            fail(f"{path} cannot be written", USAGE)
 
 
 def _conditions(engine: Engine, model: str | None) -> dict[str, Any]:

@@ -6,9 +6,10 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from astrai_rs.cli.common import (
     FAILED,
@@ -103,7 +104,7 @@ Alt+Enter starts a new line; Ctrl-C stops an answer, at the prompt it leaves."""
         name, _, rest = text.partition(" ")
         command = self._commands.get(name)
         if command is None:
-            sys.stderr.write(self.HELP + "\n")
+            sys.stderr.write(f"error: no command {name}\n{self.HELP}\n")
             return
         try:
             command(rest.strip())
@@ -121,7 +122,9 @@ Alt+Enter starts a new line; Ctrl-C stops an answer, at the prompt it leaves."""
         return self._messages.pop()["content"]
 
     def _retry(self, _: str) -> None:
-        self._turn(self._undo("") or "")
+        before = list(self._messages)
+        if not self._turn(self._undo("") or ""):
+            self._messages = before
 
     def _set_system(self, text: str) -> None:
         self._system = text or None
@@ -131,7 +134,11 @@ Alt+Enter starts a new line; Ctrl-C stops an answer, at the prompt it leaves."""
         known = [field.name for field in fields(self._params)]
         if name not in known:
             raise ValueError(f"no such parameter: {name or 'none given'}; known: {', '.join(known)}")
-        self._params = replace(self._params, **{name: json.loads(value)})
+        if name == "n":
+            raise ValueError("n stays 1: one conversation has one answer")
+        params = replace(self._params, **{name: _value(value)})
+        with self._engine.stream("a", replace(params, max_tokens=1)):  # refuses what is out of range
+            self._params = params
 
     def _save(self, path: str) -> None:
         if not path:
@@ -140,8 +147,9 @@ Alt+Enter starts a new line; Ctrl-C stops an answer, at the prompt it leaves."""
         text = json.dumps([*system, *self._messages], ensure_ascii=False, indent=2)
         Path(path).expanduser().write_text(text + "\n", encoding="utf-8")
 
-    def _turn(self, text: str) -> None:
-        """One question and its answer; a stopped answer stays in the history as far as it came."""
+    def _turn(self, text: str) -> bool:
+        """One question and its answer; a stopped answer stays in the history as far as it came. False if
+        there can be none."""
         self._messages.append({"role": "user", "content": text})
         system = [{"role": "system", "content": self._system}] if self._system else []
         clock, said = Stopwatch(), ""
@@ -157,10 +165,19 @@ Alt+Enter starts a new line; Ctrl-C stops an answer, at the prompt it leaves."""
         except ValueError as error:  # such as a conversation longer than the context
             self._messages.pop()
             sys.stderr.write(f"error: {error}\n")
-            return
+            return False
         self._messages.append({"role": "assistant", "content": said})
         show("\n")
         sys.stderr.write(clock.line() + "\n")
+        return True
+
+
+def _value(text: str) -> Any:
+    """JSON, or a bare word."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _lines(commands: list[str]) -> Iterator[str]:
@@ -181,18 +198,23 @@ def _session(commands: list[str]) -> PromptSession[str]:
     """A prompt with several lines, completion of commands, and the history of earlier sessions."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
-    from prompt_toolkit.history import FileHistory
+    from prompt_toolkit.history import FileHistory, History, InMemoryHistory
     from prompt_toolkit.key_binding import KeyBindings
 
     keys = KeyBindings()
     keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
     keys.add("enter")(lambda event: event.current_buffer.validate_and_handle())
     folder = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "astrai_rs"
-    folder.mkdir(parents=True, exist_ok=True)
+    history: History = InMemoryHistory()
+    with suppress(OSError):  # such as a home that cannot be written
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "chat_history"
+        file.touch()
+        history = FileHistory(str(file))
     return PromptSession(
         multiline=True,
         key_bindings=keys,
-        history=FileHistory(str(folder / "chat_history")),
+        history=history,
         completer=WordCompleter(commands, sentence=True),
         complete_while_typing=False,
     )

@@ -49,6 +49,8 @@ def open_engine(
     from astrai_rs.model import embedded_model
 
     path = embedded_model() if model is None else model
+    if model == "":
+        fail("--model must not be empty", USAGE)
     if not path:
         fail("no --model given, and no embedded one: pip install 'astrai_rs[demo]'", USAGE)
     options: dict[str, Any] = {"device": device, "dtype": dtype, "num_threads": threads}

@@ -48,7 +48,7 @@ def inspect(
         return
     width = max(map(len, facts))
     for name, value in facts.items():
-        typer.echo(f"{name:{width}}  {value}")
+        typer.echo(f"{name:{width}}  {_shown(name, value)}")
     for tensor in listed if tensors else ():
         typer.echo(f"{tensor['dtype']:6}  {' x '.join(map(str, tensor['shape'])):16}  {tensor['name']}")
 
@@ -69,17 +69,24 @@ def facts_of(path: Path) -> dict[str, Any]:
         "format": "GGUF" if path.is_file() else "safetensors",
         **facts,
         "parameters": sum(math.prod(tensor["shape"]) for tensor in tensors),
-        "tensor_types": ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items())),
-        "weights": _mib(sum(tensor["bytes"] for tensor in tensors)),
-        "kv_cache_per_1000_tokens": _mib(1000 * kv_bytes),
-        "kv_cache_for_one_full_context": _mib(facts["max_positions"] * kv_bytes),
+        "tensor_types": dict(sorted(kinds.items())),
+        "weight_bytes": sum(tensor["bytes"] for tensor in tensors),
+        "kv_cache_bytes_per_1000_tokens": 1000 * kv_bytes,
+        "kv_cache_bytes_for_one_full_context": facts["max_positions"] * kv_bytes,
         **tokenizer_facts(path),
         "tensors": tensors,
     }
 
 
-def _mib(size: float) -> str:
-    return f"{size / 2**20:.1f} MiB"
+def _shown(name: str, value: Any) -> str:
+    """A fact for people."""
+    if "bytes" in name:
+        return f"{value / 2**20:.1f} MiB"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {item}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return repr(value) if name == "chat_template" else str(value)
 
 
 def tokenizer_facts(path: Path) -> dict[str, Any]:
@@ -89,11 +96,11 @@ def tokenizer_facts(path: Path) -> dict[str, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (FileNotFoundError, NotImplementedError) as error:
-        return {"tokenizer": f"none: {error}"}
+        return {"vocab_tokens": None, "tokenizer_error": str(error)}
     template = tokenizer.chat_template
     return {
-        "tokenizer": f"{tokenizer.vocab_size} tokens",
-        "special_tokens": ", ".join(f"{k}={v!r}" for k, v in tokenizer.special_tokens_map.items()),
-        "stop_ids": ", ".join(map(str, tokenizer.stop_ids)),
-        "chat_template": "none" if template is None else repr(template.source),
+        "vocab_tokens": tokenizer.vocab_size,
+        "special_tokens": tokenizer.special_tokens_map,
+        "stop_ids": tokenizer.stop_ids,
+        "chat_template": None if template is None else template.source,
     }

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, Tag
 
 from astrai_rs.server.chat import ChatPlan, ChatRequest, ChatSample
 from astrai_rs.server.common import new_id
 from astrai_rs.server.errors import from_exception, invalid
 from astrai_rs.server.generation import Generation, Usage
-from astrai_rs.server.messages import OtherPart
+from astrai_rs.server.messages import OtherPart, by_type
 from astrai_rs.server.parse import Content, Delta, Reasoning, ToolCallArguments, ToolCallStart
-from astrai_rs.server.sampling import Number, Wire
+from astrai_rs.server.sampling import Items, Number, Wire
 from astrai_rs.server.sse import event
 
 
@@ -31,6 +31,13 @@ class ThinkingBlock(Wire):
     signature: str | None = None
 
 
+class RedactedThinkingBlock(Wire):
+    """Nobody can read it: left out."""
+
+    type: Literal["redacted_thinking"]
+    data: str
+
+
 class ToolUseBlock(Wire):
     type: Literal["tool_use"]
     id: str
@@ -39,20 +46,33 @@ class ToolUseBlock(Wire):
     cache_control: dict[str, Any] | None = None
 
 
+_ResultPart = Annotated[
+    Annotated[TextBlock, Tag("<text>")] | Annotated[OtherPart, Tag("<other>")], by_type("text")
+]
+
+
 class ToolResultBlock(Wire):
     type: Literal["tool_result"]
     tool_use_id: str
-    content: str | list[TextBlock | OtherPart] = ""
+    content: str | Items[_ResultPart] = ""
     is_error: bool = False
     cache_control: dict[str, Any] | None = None
 
 
-Block = TextBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock | OtherPart
+Block = Annotated[
+    Annotated[TextBlock, Tag("<text>")]
+    | Annotated[ThinkingBlock, Tag("<thinking>")]
+    | Annotated[RedactedThinkingBlock, Tag("<redacted_thinking>")]
+    | Annotated[ToolUseBlock, Tag("<tool_use>")]
+    | Annotated[ToolResultBlock, Tag("<tool_result>")]
+    | Annotated[OtherPart, Tag("<other>")],
+    by_type("text", "thinking", "redacted_thinking", "tool_use", "tool_result"),
+]
 
 
 class InputMessage(Wire):
     role: Literal["user", "assistant", "system"]
-    content: str | list[Block]
+    content: str | Items[Block]
 
 
 class AnthropicTool(Wire):
@@ -61,6 +81,8 @@ class AnthropicTool(Wire):
     description: str | None = None
     input_schema: dict[str, Any]
     cache_control: dict[str, Any] | None = None
+    strict: bool | None = None
+    """Arguments follow the schema where `tool_choice` makes the model call."""
 
 
 class AnthropicToolChoice(Wire):
@@ -72,6 +94,7 @@ class AnthropicToolChoice(Wire):
 class Thinking(Wire):
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: int | None = None
+    """Taken, as Anthropic's clients must send it; only `max_tokens` bounds an answer."""
 
 
 class OutputFormat(Wire):
@@ -87,14 +110,14 @@ class OutputConfig(Wire):
 class MessagesRequest(Wire):
     model: str | None = None
     max_tokens: int = 1024
-    messages: list[InputMessage] = Field(min_length=1)
-    system: str | list[TextBlock] | None = None
+    messages: Annotated[Items[InputMessage], Field(min_length=1)]
+    system: str | Items[TextBlock] | None = None
     temperature: Number = 1.0
     top_p: Number = 1.0
     top_k: int = 0
-    stop_sequences: list[str] | None = None
+    stop_sequences: Items[str] | None = None
     stream: bool = False
-    tools: list[AnthropicTool] | None = None
+    tools: Items[AnthropicTool] | None = None
     tool_choice: AnthropicToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
@@ -121,6 +144,9 @@ def chat_request(body: MessagesRequest) -> ChatRequest:
         "top_k": body.top_k,
         "stop": body.stop_sequences,
     }
+    last = messages[-1]
+    if last["role"] == "assistant" and "tool_calls" not in last:
+        fields["continue_final_message"] = True  # the client has begun the answer
     if body.thinking is not None:
         fields["chat_template_kwargs"] = {"enable_thinking": body.thinking.type != "disabled"}
     if body.output_config is not None and body.output_config.format is not None:
@@ -164,7 +190,7 @@ def _messages(where: str, message: InputMessage) -> list[dict[str, Any]]:
             results.append(
                 {"role": "tool", "tool_call_id": block.tool_use_id, "content": _result(where, block)}
             )
-        else:
+        elif not isinstance(block, RedactedThinkingBlock):
             raise _unsupported(where, block)
     out: dict[str, Any] = {"role": message.role, "content": "".join(texts)}
     out |= {"tool_calls": calls} if calls else {}
@@ -275,13 +301,13 @@ def _new_block(kind: str, part: Delta) -> dict[str, Any]:
 
 
 def _without_json(block: dict[str, Any]) -> dict[str, Any]:
-    """A block as clients see it: the input of a tool as an object; text that is no object, in one."""
+    """A block as clients see it: the input of a tool as an object, empty if it was cut off."""
     if "json" not in block:
         return dict(block)
     try:
         value = json.loads(block["json"] or "{}")
     except ValueError:
-        value = {"text": block["json"]}
+        value = {}
     rest = {name: item for name, item in block.items() if name != "json"}
     return {**rest, "input": value if isinstance(value, dict) else {"value": value}}
 

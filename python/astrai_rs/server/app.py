@@ -17,7 +17,7 @@ from astrai_rs.engine import Engine
 from astrai_rs.server import anthropic, astrai, errors, responses, tokens
 from astrai_rs.server.chat import ChatReply, ChatRequest
 from astrai_rs.server.completions import CompletionReply, CompletionRequest, params_of, prompts_of
-from astrai_rs.server.conversation import start_chat
+from astrai_rs.server.conversation import prompt_ids, start_chat
 from astrai_rs.server.errors import ApiError
 from astrai_rs.server.generation import ClientLeft
 from astrai_rs.server.middleware import Gate
@@ -96,6 +96,7 @@ async def _nobody(_: Request, __: Exception) -> Response:
 
 
 def _service_routes(app: FastAPI, state: ServerState) -> None:
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", tags=["service"])
     async def health() -> JSONResponse:
         """200 while the engine steps; 503 with the reason otherwise."""
@@ -118,6 +119,7 @@ def _service_routes(app: FastAPI, state: ServerState) -> None:
 
 
 def _page_route(app: FastAPI, path: str, name: str, media_type: str) -> None:
+    @app.head(path, include_in_schema=False)
     @app.get(path, include_in_schema=False)
     async def page() -> Response:
         file = resources.files("astrai_rs.server") / "page" / name
@@ -142,6 +144,7 @@ def _openai_routes(app: FastAPI, state: ServerState) -> None:
         state.check_model(body.model)
         params = params_of(body, state.settings)
         prompts = prompts_of(body, state.settings)
+        state.check_lengths(prompts)
         ids = await state.call(encoded, state, prompts, body.add_special_tokens)
         texts = [_prompt_text(state, prompt) for prompt in prompts] if body.echo else []
         id_to_text = None if state.engine.tokenizer is None else state.engine.id_to_text
@@ -174,6 +177,12 @@ def _other_chat_routes(app: FastAPI, state: ServerState) -> None:
             return state.stream(reply.stream(generation))
         await generation.finish(request)
         return JSONResponse(reply.whole(generation))
+
+    @app.post("/v1/messages/count_tokens", tags=["anthropic"])
+    async def count_tokens(body: anthropic.MessagesRequest) -> dict[str, int]:
+        state.check_model(body.model)
+        ids = await state.call(prompt_ids, state, _converted(anthropic.chat_request, body))
+        return {"input_tokens": len(ids)}
 
     @app.post("/v1/responses", tags=["openai"], responses=STREAMED)
     async def create_response(body: responses.ResponsesRequest, request: Request) -> Response:

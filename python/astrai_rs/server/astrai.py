@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from astrai_rs.request import SamplingParams
 from astrai_rs.server.errors import invalid
 from astrai_rs.server.generation import Generation
-from astrai_rs.server.sampling import Number, Wire
+from astrai_rs.server.sampling import Items, Number, Wire
 
 if TYPE_CHECKING:
     from astrai_rs.server.state import ServerState
@@ -21,7 +21,7 @@ class GenerateFields(Wire):
     """A JSON body, where the fields are not in the query string."""
 
     query: str | None = None
-    history: list[list[str]] | None = None
+    history: Items[list[str]] | None = None
     temperature: Number = 0.8
     top_p: Number = 0.95
     top_k: int = 50
@@ -56,6 +56,9 @@ def add_routes(app: FastAPI, state: ServerState) -> None:
     ) -> Response:
         """`history` is a list of `[user, assistant]` pairs; the answer is `{"response": text}`, or with
         `stream` plain text, a line per piece."""
+        if unknown := sorted(set(request.query_params) - set(GenerateFields.model_fields)):
+            name = unknown[0]
+            raise invalid(f"{name}: this field is not supported", param=name, code="unsupported_field")
         given = {"query": query, "temperature": temperature, "top_p": top_p}
         given |= {"top_k": top_k, "max_len": max_len, "stream": stream}
         fields = GenerateFields(history=body) if isinstance(body, list) else body or GenerateFields()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -12,7 +12,7 @@ from astrai_rs.request import GenerationChunk, SamplingParams, TokenLogprobs
 from astrai_rs.server.common import Reply, new_id, usage_json
 from astrai_rs.server.errors import from_exception, invalid
 from astrai_rs.server.generation import Choice, Generation
-from astrai_rs.server.messages import Message, NamedTool, Tool, ToolChoice
+from astrai_rs.server.messages import Message, NamedTool, Tool, ToolChoice, check_tools
 from astrai_rs.server.parse import (
     Content,
     Delta,
@@ -22,19 +22,19 @@ from astrai_rs.server.parse import (
     ToolCallStart,
     starts_in_reasoning,
 )
-from astrai_rs.server.sampling import SamplingFields, sampling_params
+from astrai_rs.server.sampling import Items, SamplingFields, at_most, sampling_params
 from astrai_rs.server.settings import ServerSettings
 from astrai_rs.server.sse import DONE, event
 from astrai_rs.server.tools import FORMATS, ToolFormat, tool_grammar
 
 
 class ChatRequest(SamplingFields):
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[Items[Message], Field(min_length=1)]
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0)
-    tools: list[Tool] | None = None
+    tools: Items[Tool] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool = True
     chat_template_kwargs: dict[str, Any] | None = None
@@ -66,7 +66,8 @@ class ChatPlan:
     ) -> None:
         self.body = body
         self.tool_format = None
-        self.starts_in_reasoning = False
+        self._starts_in_reasoning = False
+        self._is_structured = False
         self._token_ids = token_ids
         self._reasoning = reasoning
         choice = body.tool_choice
@@ -83,25 +84,23 @@ class ChatPlan:
         return (self.body.tools or []) if self.tool_format is not None else []
 
     def params(self, settings: ServerSettings) -> SamplingParams:
-        """The engine's parameters; to be asked after `read_prompt`."""
+        """The engine's parameters."""
         body = self.body
         if body.top_logprobs is not None and not body.logprobs:
             raise invalid("top_logprobs needs logprobs: true", param="top_logprobs")
-        if len(self.tools) > settings.max_tools:
-            message = f"tools may be at most {settings.max_tools} on this server; given: {len(self.tools)}"
-            raise invalid(message, param="tools")
+        if body.top_logprobs is not None:
+            at_most("top_logprobs", body.top_logprobs, settings.max_logprobs)
+        check_tools(self.tools, settings)
         if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
             raise invalid("max_tokens and max_completion_tokens differ; give one", param="max_tokens")
-        grammar = self._grammar()
-        if grammar is not None or body.structured_outputs is not None or body.response_format is not None:
-            self.starts_in_reasoning = False  # the grammar leaves no room for it
         params = sampling_params(
             body,
             settings,
             max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-            grammar=grammar,
+            grammar=self._grammar(),
         )
+        self._is_structured = params.structured_outputs is not None
         if self.tool_format is not None and self.tool_format.begin in self._token_ids:
             params = replace(params, skip_special_tokens=False)  # the marker must be seen
         return params
@@ -127,8 +126,9 @@ class ChatPlan:
         )
 
     def read_prompt(self, text: str) -> None:
-        """Note whether the rendered prompt ends inside reasoning."""
-        self.starts_in_reasoning = self._reasoning is not None and starts_in_reasoning(text, self._reasoning)
+        """Note whether the rendered prompt ends inside reasoning; a grammar leaves no room for it."""
+        is_open = self._reasoning is not None and starts_in_reasoning(text, self._reasoning)
+        self._starts_in_reasoning = is_open and not self._is_structured
 
     def parser(self) -> OutputParser:
         """A reader for one sample's text."""
@@ -136,7 +136,7 @@ class ChatPlan:
             tool_format=self.tool_format,
             tool_names=[tool.function.name for tool in self.tools],
             reasoning=self._reasoning,
-            starts_in_reasoning=self.starts_in_reasoning,
+            starts_in_reasoning=self._starts_in_reasoning,
         )
 
 
@@ -145,11 +145,14 @@ class ChatSample:
 
     def __init__(self, plan: ChatPlan) -> None:
         self._parser = plan.parser()
+        self._max_calls = None if plan.body.parallel_tool_calls else 1
         self._has_calls = False
 
     def parts(self, text: str, *, last: bool) -> list[Delta]:
         """What a piece of text brings."""
         parts = self._parser.add(text) + (self._parser.flush() if last else [])
+        if self._max_calls is not None:
+            parts = [part for part in parts if getattr(part, "index", 0) < self._max_calls]
         self._has_calls |= any(isinstance(part, ToolCallStart) for part in parts)
         return parts
 
@@ -209,18 +212,24 @@ class ChatReply(Reply):
         self._token_bytes = token_bytes
 
     def whole(self, generation: Generation) -> dict[str, Any]:
-        choices = [self._choice(i, c, generation.prompts) for i, c in enumerate(generation.choices)]
-        return {**self.head(), "choices": choices, "usage": usage_json(generation.usage)}
+        choices = [self._choice(i, c) for i, c in enumerate(generation.choices)]
+        answer = {**self.head(), "choices": choices, "usage": usage_json(generation.usage)}
+        return answer | self._prompt_ids(generation)
+
+    def _prompt_ids(self, generation: Generation) -> dict[str, Any]:
+        return {"prompt_token_ids": generation.prompts[0]} if self._body.return_token_ids else {}
 
     async def stream(self, generation: Generation) -> AsyncGenerator[bytes, None]:
         """Events; an error ends the stream with an event of its own."""
         samples = [ChatSample(self._plan) for _ in generation.choices]
         begun: set[int] = set()
         options = self._body.stream_options
+        first = self._prompt_ids(generation)
         try:
             async for index, piece in generation:
                 for choice in self._events(index, piece, samples[index], begun):
-                    yield event({**self.chunk_head(), "choices": [choice]})
+                    yield event({**self.chunk_head(), "choices": [choice], **first})
+                    first = {}
             if options is not None and options.include_usage:
                 yield event({**self.chunk_head(), "choices": [], "usage": usage_json(generation.usage)})
         except Exception as error:
@@ -256,7 +265,7 @@ class ChatReply(Reply):
             entries[-1] = {**entries[-1], **extras}
         return entries
 
-    def _choice(self, index: int, choice: Choice, prompts: Sequence[list[int]]) -> dict[str, Any]:
+    def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
         sample = ChatSample(self._plan)
         message = merged(sample.deltas(choice.text, last=True))
         out = {
@@ -267,7 +276,7 @@ class ChatReply(Reply):
             "stop_reason": choice.stop_reason,
         }
         if self._body.return_token_ids:
-            out |= {"prompt_token_ids": prompts[choice.prompt], "token_ids": choice.token_ids}
+            out["token_ids"] = choice.token_ids
         return out
 
     def _logprobs(self, ids: Sequence[int], rows: Sequence[TokenLogprobs]) -> dict[str, Any]:

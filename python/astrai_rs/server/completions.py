@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -11,18 +11,20 @@ from astrai_rs.request import SamplingParams, TokenLogprobs
 from astrai_rs.server.common import IdToText, Reply, token_text, usage_json
 from astrai_rs.server.errors import from_exception, invalid
 from astrai_rs.server.generation import Choice, Generation
-from astrai_rs.server.sampling import SamplingFields, sampling_params
+from astrai_rs.server.sampling import Items, SamplingFields, at_most, sampling_params
 from astrai_rs.server.settings import ServerSettings
 from astrai_rs.server.sse import DONE, event
 
 
 class CompletionRequest(SamplingFields):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Items[str] | Items[int] | Items[Items[int]]
     max_tokens: int | None = 16
     echo: bool = False
     logprobs: int | None = Field(None, ge=0)
     prompt_logprobs: int | None = Field(None, ge=0)
     add_special_tokens: bool = True
+    best_of: int | None = None
+    suffix: Literal[""] | None = None
 
 
 def prompts_of(body: CompletionRequest, settings: ServerSettings) -> list[str | list[int]]:
@@ -32,9 +34,7 @@ def prompts_of(body: CompletionRequest, settings: ServerSettings) -> list[str | 
         return [given]
     if not given:
         raise invalid("prompt must hold at least one text or token id; given: []", param="prompt")
-    if len(given) > settings.max_prompts:
-        message = f"prompt may hold {settings.max_prompts} prompts on this server; given: {len(given)}"
-        raise invalid(message, param="prompt")
+    at_most("prompt", len(given), settings.max_prompts, "prompts")
     return list(given)  # type: ignore[arg-type]
 
 
@@ -42,6 +42,10 @@ def params_of(body: CompletionRequest, settings: ServerSettings) -> SamplingPara
     """Scoring only (`echo` with `max_tokens: 0`) computes one token that nobody sees."""
     if body.echo and body.stream and body.logprobs is not None:
         raise invalid("echo with logprobs is not supported for streams", param="echo")
+    if body.stream and body.prompt_logprobs is not None:
+        raise invalid("prompt_logprobs is not supported for streams", param="prompt_logprobs")
+    if body.best_of not in (None, body.n):
+        raise invalid(f"best_of must be n, {body.n}; given: {body.best_of}", param="best_of")
     if body.max_tokens == 0 and not body.echo:
         raise invalid("max_tokens must be at least 1; given: 0", param="max_tokens")
     prompt_logprobs = body.prompt_logprobs
@@ -72,9 +76,17 @@ class CompletionReply(Reply):
 
     def whole(self, generation: Generation) -> dict[str, Any]:
         choices = [self._choice(i, c, generation.prompts) for i, c in enumerate(generation.choices)]
-        if self._body.max_tokens == 0:
+        return {**self.head(), "choices": choices, "usage": self._usage(generation)}
+
+    @property
+    def _is_scoring(self) -> bool:
+        """The one token that was computed is nobody's."""
+        return self._body.max_tokens == 0
+
+    def _usage(self, generation: Generation) -> dict[str, Any]:
+        if self._is_scoring:
             generation.usage.completion_tokens = 0
-        return {**self.head(), "choices": choices, "usage": usage_json(generation.usage)}
+        return usage_json(generation.usage)
 
     async def stream(self, generation: Generation) -> AsyncGenerator[bytes, None]:
         """Events; an error ends the stream with an event of its own."""
@@ -85,19 +97,23 @@ class CompletionReply(Reply):
                 choice = generation.choices[index]
                 is_first = len(choice.token_ids) == len(piece.token_ids)
                 echo = self._texts[choice.prompt] if self._body.echo and is_first else ""
-                delta: dict[str, Any] = {"index": index, "text": echo + piece.text, "logprobs": None}
+                text, ids = ("", []) if self._is_scoring else (piece.text, piece.token_ids)
+                delta: dict[str, Any] = {"index": index, "text": echo + text, "logprobs": None}
                 if piece.logprobs is not None:
                     logprobs = self._logprobs(piece.token_ids, piece.logprobs, offsets[index])
                     offsets[index] += sum(map(len, logprobs["tokens"]))
                     delta["logprobs"] = logprobs
-                delta["finish_reason"] = piece.finish_reason
+                delta["finish_reason"] = piece.finish_reason and (
+                    "length" if self._is_scoring else piece.finish_reason
+                )
                 if piece.finish_reason is not None:
                     delta["stop_reason"] = piece.stop_reason
                 if self._body.return_token_ids:
-                    delta["token_ids"] = piece.token_ids
+                    delta |= {"prompt_token_ids": generation.prompts[choice.prompt]} if is_first else {}
+                    delta["token_ids"] = ids
                 yield event({**self.head(), "choices": [delta]})
             if options is not None and options.include_usage:
-                yield event({**self.head(), "choices": [], "usage": usage_json(generation.usage)})
+                yield event({**self.head(), "choices": [], "usage": self._usage(generation)})
         except Exception as error:
             yield event(from_exception(error).body())
         finally:
@@ -106,8 +122,9 @@ class CompletionReply(Reply):
 
     def _choice(self, index: int, choice: Choice, prompts: Sequence[list[int]]) -> dict[str, Any]:
         body, prompt = self._body, prompts[choice.prompt]
-        scoring = body.max_tokens == 0
-        text, ids, rows = ("", [], []) if scoring else (choice.text, choice.token_ids, choice.logprobs)
+        text, ids, rows = (
+            ("", [], []) if self._is_scoring else (choice.text, choice.token_ids, choice.logprobs)
+        )
         prompt_rows: list[TokenLogprobs | None] = choice.prompt_logprobs or []
         logprobs = None
         if body.echo:
@@ -121,7 +138,7 @@ class CompletionReply(Reply):
             "index": index,
             "text": text,
             "logprobs": logprobs,
-            "finish_reason": "length" if scoring else choice.finish_reason,
+            "finish_reason": "length" if self._is_scoring else choice.finish_reason,
             "stop_reason": choice.stop_reason,
         }
         if body.prompt_logprobs is not None:

@@ -6,6 +6,7 @@ from inspect import signature
 from typing import TYPE_CHECKING
 
 from astrai_rs.chat_template import ChatTemplate
+from astrai_rs.request import SamplingParams, StructuredOutputsParams
 from astrai_rs.server.chat import ChatPlan, ChatRequest
 from astrai_rs.server.errors import invalid
 from astrai_rs.server.generation import Generation
@@ -29,8 +30,36 @@ async def start_chat(state: ServerState, body: ChatRequest) -> tuple[ChatPlan, G
     """Submit a conversation; the plan says how to read what comes."""
     state.check_model(body.model)
     plan = chat_plan(state, body)
+    params = plan.params(state.settings)
     ids = await state.call(chat_prompt, state, plan)
-    return plan, await state.start([ids], [plan.params(state.settings)])
+    try:
+        return plan, await state.start([ids], [params])
+    except ValueError as error:
+        raise await state.call(_in_the_requests_words, state, plan, error) from error
+
+
+def _in_the_requests_words(state: ServerState, plan: ChatPlan, error: ValueError) -> Exception:
+    """The error of a grammar that was made of the tools or of `response_format`, with their names."""
+    name, _, reason = str(error).partition(": ")
+    if name == "structured_outputs.json" and plan.body.structured_outputs is None:
+        return invalid(f"response_format.json_schema.schema: {reason}", param="response_format")
+    if name != "structured_outputs.grammar" or plan.body.structured_outputs is not None:
+        return error
+    for index, tool in enumerate(plan.tools):
+        schema = StructuredOutputsParams(json=tool.function.parameters or {})
+        try:
+            state.engine.compile_grammars([SamplingParams(structured_outputs=schema)])
+        except ValueError as fault:
+            field = f"tools.{index}.function.parameters"
+            return invalid(f"{field}: {str(fault).partition(': ')[2]}", param=field)
+    return invalid(f"tools: {reason.partition(chr(10))[0]}", param="tools")
+
+
+def prompt_ids(state: ServerState, body: ChatRequest) -> list[int]:
+    """What a chat request's conversation is to the model."""
+    plan = chat_plan(state, body)
+    plan.params(state.settings)  # for its checks
+    return chat_prompt(state, plan)
 
 
 def chat_plan(state: ServerState, body: ChatRequest) -> ChatPlan:
@@ -57,8 +86,9 @@ def chat_prompt(state: ServerState, plan: ChatPlan) -> list[int]:
     """The conversation as ids. Notes in the plan where the answer begins."""
     body = plan.body
     messages = template_messages(body.messages, state.settings)
+    state.check_lengths(message["content"] for message in messages)
     tools = template_tools(plan.tools)
-    if tools and plan.spells_out_tools:
+    if plan.spells_out_tools:
         messages, tools = spelled_out(messages, tools), []
     options = dict(body.chat_template_kwargs or {})
     if taken := sorted(_RESERVED.intersection(options)):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import reprlib
+from dataclasses import fields
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -11,6 +13,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from astrai_rs._core import EngineClosed
+from astrai_rs.request import SamplingParams
 
 log = logging.getLogger("astrai_rs.server")
 
@@ -74,7 +77,11 @@ def from_exception(error: BaseException) -> ApiError:
     if isinstance(error, NotImplementedError):
         return invalid(str(error), code="unsupported")
     if isinstance(error, ValueError):
-        return invalid(str(error))
+        is_long = str(error).startswith("the prompt must leave room")
+        code = "context_length_exceeded" if is_long else None
+        return invalid(str(error), param=_leading_field(str(error)), code=code)
+    if isinstance(error, RecursionError):
+        return invalid("the request nests too deeply")
     if isinstance(error, EngineClosed):
         return busy(str(error), code="engine_closed")
     if isinstance(error, MemoryError):
@@ -89,40 +96,65 @@ def install(app: FastAPI) -> None:
     async def engine_error(_: Request, error: Exception) -> JSONResponse:
         return from_exception(error).response()
 
-    async def http_error(_: Request, error: Exception) -> JSONResponse:
+    async def http_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         headers = dict(error.headers) if error.headers else None
-        return ApiError(error.status_code, str(error.detail), headers=headers).response()
+        message = f"{request.method} {request.url.path:.200}: {error.detail}"
+        return ApiError(error.status_code, message, headers=headers).response()
 
     async def validation_error(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         return from_validation(error.errors()).response()
 
-    for kind in (ApiError, ValueError, EngineClosed, MemoryError, NotImplementedError, Exception):
+    for kind in (ApiError, ValueError, EngineClosed, MemoryError, NotImplementedError, RecursionError):
         app.add_exception_handler(kind, engine_error)
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(RequestValidationError, validation_error)
 
 
+_SAMPLING = frozenset(field.name for field in fields(SamplingParams))
+
+
+def _leading_field(message: str) -> str | None:
+    """The sampling field that a message of the engine begins with."""
+    name = message.partition(" ")[0].rstrip(":,").partition(".")[0].partition("[")[0]
+    return name if name in _SAMPLING else None
+
+
 def from_validation(errors: Any) -> ApiError:
-    """The first fault that pydantic found, with the field it is in."""
-    first, name = errors[0], _field(errors[0])
-    if name == "body" and isinstance(first.get("input"), bytes):
+    """The deepest fault that pydantic found, with its field: of a union, in the member that fits best."""
+    fault = max(errors, key=lambda error: len(error["loc"]))
+    name = _field(fault)
+    if name == "body" and isinstance(fault.get("input"), bytes):
         return invalid("the body must be JSON, with the header 'Content-Type: application/json'")
-    if first["type"] == "extra_forbidden":
+    if fault["type"] == "extra_forbidden":
         return invalid(f"{name}: this field is not supported", param=name, code="unsupported_field")
-    if first["type"] == "json_invalid":
-        return invalid(f"the body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}")
-    # A union has an error per member.
+    if fault["type"] == "json_invalid":
+        reason = fault.get("ctx", {}).get("error", fault["msg"])
+        return invalid(f"the body is not valid JSON: {reason} at character {fault['loc'][-1]}")
     expected = [error["msg"] for error in errors if _field(error) == name]
-    given = repr(first.get("input"))
-    shown = given if len(given) <= 80 else given[:77] + "..."
     message = " or ".join(dict.fromkeys(expected)).removeprefix("Value error, ")
-    return invalid(f"{name}: {message}; given: {shown}", param=name, code="invalid_value")
+    return invalid(
+        f"{name}: {message}; given: {_shown(fault.get('input'))}", param=name, code="invalid_value"
+    )
+
+
+def _shown(value: Any) -> str:
+    shown = repr(value[:80]) if isinstance(value, str) else reprlib.repr(value)
+    return shown if len(shown) <= 80 else shown[:77] + "..."
+
+
+_UNION_MEMBERS = ("str", "int", "float", "bool", "dict", "constrained-str")
 
 
 def _field(error: Any) -> str:
     """The field that an error is in, without the members of unions that pydantic puts into the path."""
-    names = [str(part) for part in error["loc"][1:]]
-    kinds = ("str", "int", "float", "bool", "dict", "constrained-str")
-    return ".".join(n for n in names if n not in kinds and "[" not in n and not n[:1].isupper()) or "body"
+    *path, last = [str(part) for part in error["loc"]]
+    names = [name for name in path[1:] if not _is_union_member(name)]
+    if error["type"] == "extra_forbidden" or not _is_union_member(last):
+        names += [last] if path else []
+    return ".".join(names) or "body"
+
+
+def _is_union_member(name: str) -> bool:
+    return name in _UNION_MEMBERS or "[" in name or name[:1].isupper() or name.startswith("<")

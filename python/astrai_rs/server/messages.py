@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from astrai_rs.server.errors import invalid
-from astrai_rs.server.sampling import Wire
+from astrai_rs.server.sampling import Items, Wire, at_most, check_schema
 from astrai_rs.server.settings import ServerSettings
 
 
 class TextPart(Wire):
     type: Literal["text", "input_text", "output_text"]
     text: str
+    # Accepted: nothing here depends on them.
+    cache_control: dict[str, Any] | None = None
+    annotations: list[Any] | None = None
+    logprobs: list[Any] | None = None
 
 
 class OtherPart(Wire):
@@ -23,6 +27,27 @@ class OtherPart(Wire):
 
     model_config = ConfigDict(extra="allow", strict=True)
     type: str
+
+
+def by_type(*known: str, default: str = "<other>") -> Discriminator:
+    """Chooses a union's member by its `type`, so that what is wrong in it is named. Tags: `<type>`."""
+
+    def tag(value: Any) -> str:
+        kind = value.get("type") if isinstance(value, Mapping) else getattr(value, "type", None)
+        return f"<{kind}>" if kind in known else default
+
+    return Discriminator(tag)
+
+
+_TEXTS = ("text", "input_text", "output_text")
+Part = Annotated[
+    Annotated[TextPart, Tag("<text>")]
+    | Annotated[TextPart, Tag("<input_text>")]
+    | Annotated[TextPart, Tag("<output_text>")]
+    | Annotated[OtherPart, Tag("<other>")],
+    by_type(*_TEXTS),
+]
+"""A piece of a message."""
 
 
 class FunctionCall(Wire):
@@ -39,9 +64,9 @@ class ToolCall(Wire):
 
 class Message(Wire):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[TextPart | OtherPart] | None = None
+    content: str | Items[Part] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Items[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     refusal: str | None = None
@@ -79,11 +104,9 @@ def template_messages(messages: Sequence[Message], settings: ServerSettings) -> 
     """Messages as templates expect them: text as one string, tool arguments as objects.
 
     Raises:
-        ApiError: there are too many, a part that is not text, or tool arguments that are not a JSON object.
+        ApiError: there are too many, or a part that is not text.
     """
-    if len(messages) > settings.max_messages:
-        text = f"messages may be at most {settings.max_messages} on this server"
-        raise invalid(f"{text}; given: {len(messages)}", param="messages")
+    at_most("messages", len(messages), settings.max_messages)
     return [_template_message(i, message) for i, message in enumerate(messages)]
 
 
@@ -96,7 +119,7 @@ def _template_message(index: int, message: Message) -> dict[str, Any]:
         if (value := getattr(message, name)) is not None:
             out[name] = value
     if message.tool_calls:
-        out["tool_calls"] = [_template_call(where, call) for call in message.tool_calls]
+        out["tool_calls"] = [_template_call(call) for call in message.tool_calls]
     return out
 
 
@@ -105,29 +128,36 @@ def _text(where: str, message: Message) -> str:
         if message.role != "assistant":
             raise invalid(f"{where}.content is missing", param=f"{where}.content")
         return ""
-    if isinstance(message.content, str):
-        return message.content
-    for part in message.content:
+    return joined(where, message.content)
+
+
+def joined(where: str, content: str | Sequence[TextPart | OtherPart]) -> str:
+    """The text of `where`'s content."""
+    if isinstance(content, str):
+        return content
+    for part in content:
         if not isinstance(part, TextPart):
             text = f"{where}.content: parts of type {part.type!r} are not supported: only text is"
             raise invalid(text, param=f"{where}.content", code="unsupported")
-    return "".join(part.text for part in message.content if isinstance(part, TextPart))
+    return "".join(part.text for part in content if isinstance(part, TextPart))
 
 
-def _template_call(where: str, call: ToolCall) -> dict[str, Any]:
-    arguments = call.function.arguments
+def _template_call(call: ToolCall) -> dict[str, Any]:
+    """Arguments as an object; a call that was cut off comes back with what it had, as text."""
+    arguments: Any = call.function.arguments
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "{}")
-        except ValueError:
-            arguments = None  # type: ignore[assignment]
-    if not isinstance(arguments, dict):
-        given = call.function.arguments
-        raise invalid(
-            f"{where}.tool_calls: arguments must be a JSON object; given: {given!r:.80}", param=where
-        )
+        parsed = _object(arguments or "{}")
+        arguments = arguments if parsed is None else parsed
     function = {"name": call.function.name, "arguments": arguments}
     return {"id": call.id, "type": "function", "function": function}
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 _TOOLS_PROMPT = """\
@@ -145,9 +175,11 @@ def spelled_out(
     messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """Tools, calls and their results as plain text, for a template that has no place for them."""
+    out = [_spelled_out(message) for message in messages]
+    if not tools:
+        return out
     signatures = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
     system = _TOOLS_PROMPT.format(tools=signatures)
-    out = [_spelled_out(message) for message in messages]
     if out and out[0]["role"] == "system":
         out[0]["content"] += "\n\n" + system
         return out
@@ -161,6 +193,18 @@ def _spelled_out(message: Mapping[str, Any]) -> dict[str, Any]:
     calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
     parts = [content, *(f"<tool_call>\n{call}\n</tool_call>" for call in calls)]
     return {"role": message["role"], "content": "\n".join(part for part in parts if part)}
+
+
+def check_tools(tools: Sequence[Tool], settings: ServerSettings) -> None:
+    """How many, and how large their schemas are.
+
+    Raises:
+        ApiError: they are over the server's limits.
+    """
+    at_most("tools", len(tools), settings.max_tools)
+    for index, tool in enumerate(tools):
+        schema = json.dumps(tool.function.parameters or {})
+        check_schema(f"tools.{index}.function.parameters", schema, settings)
 
 
 def template_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:

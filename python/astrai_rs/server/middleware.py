@@ -10,11 +10,12 @@ import time
 import uuid
 from collections.abc import Iterable
 from typing import Protocol
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from astrai_rs.server.errors import ApiError, busy
+from astrai_rs.server.errors import ApiError, busy, from_exception
 from astrai_rs.server.settings import ServerSettings
 
 access_log = logging.getLogger("astrai_rs.access")
@@ -30,7 +31,9 @@ _SECURITY_HEADERS = {
 
 
 class Drainable(Protocol):
-    """What tells whether new requests are taken."""
+    """What tells whether new requests are taken, and counts those that were."""
+
+    num_requests: int
 
     @property
     def draining(self) -> bool: ...
@@ -51,7 +54,7 @@ class Gate:
             return
         request_id = _request_id(Headers(scope=scope).get("x-request-id"))
         scope.setdefault("state", {})["request_id"] = request_id
-        start, status = time.perf_counter(), 500
+        start, status = time.perf_counter(), 0
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -63,16 +66,18 @@ class Gate:
                     headers.setdefault(name, value)
             await send(message)
 
+        self._state.num_requests += 1
         try:
-            try:
-                self._check(scope)
-                body = await self._body(scope, receive)
-            except ApiError as error:
-                await error.response()(scope, receive, send_with_headers)
-            else:
-                await self._app(scope, _replay(body, receive), send_with_headers)
+            self._check(scope)
+            body = await self._body(scope, receive)
+            await self._app(scope, _replay(body, receive), send_with_headers)
+        except Exception as error:
+            if status:  # what has begun cannot become an error
+                raise
+            await from_exception(error).response()(scope, receive, send_with_headers)
         finally:
-            _log(scope, request_id, status, time.perf_counter() - start)
+            self._state.num_requests -= 1
+            _log(scope, request_id, status or 500, time.perf_counter() - start)
 
     def _check(self, scope: Scope) -> None:
         """Whether the request may come in at all, before anything of its body is read."""
@@ -80,10 +85,13 @@ class Gate:
         hosts = self._settings.allowed_hosts
         host = _host(headers.get("host", ""))
         if hosts and host not in hosts:
-            raise ApiError(421, f"this server does not answer for the host {host!r}", code="wrong_host")
+            message = f"without an API key, this server answers for {', '.join(hosts)}; given: {host!r:.80}"
+            raise ApiError(421, message, code="wrong_host")
         path = scope["path"]
         if self._keys and path not in _OPEN_PATHS and scope["method"] != "OPTIONS":
             self._check_key(headers)
+        if not self._keys and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
+            self._check_origin(headers)
         if self._state.draining and path != "/health":
             raise busy("the server is shutting down", code="shutting_down")
 
@@ -96,6 +104,16 @@ class Gate:
             what = "wrong API key" if given else "no API key: send it as 'Authorization: Bearer …'"
             headers_out = {"WWW-Authenticate": "Bearer"}
             raise ApiError(401, what, code="invalid_api_key", headers=headers_out)
+
+    def _check_origin(self, headers: Headers) -> None:
+        """Without a key, no other site's page may make a browser ask."""
+        origin = headers.get("origin")
+        allowed = self._settings.allowed_origins
+        if origin is None or origin in allowed or "*" in allowed:
+            return
+        if urlsplit(origin).netloc != headers.get("host"):
+            message = f"pages of {origin!r:.80} may not use this server: it is not among the allowed origins"
+            raise ApiError(403, message, code="wrong_origin")
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
         limit = self._settings.max_body_bytes

@@ -15,6 +15,10 @@ HEAD_TIMEOUT_S = 10.0
 """For the request line and headers, from the connection or from the first byte of a later request."""
 
 
+WRITE_TIMEOUT_S = 30.0
+"""For a client to read some of an answer that fills all buffers."""
+
+
 class HeadTooLarge(Exception):
     """More bytes of request line and headers than are read."""
 
@@ -23,6 +27,7 @@ class LimitedProtocol(HttpToolsProtocol):
     """As uvicorn's, for clients that one does not trust."""
 
     _timer: Any = None
+    _unread_timer: Any = None
     _head_bytes = 0
     _refused = False
 
@@ -32,7 +37,21 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._stop_unread_timer()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread_timer = self.loop.call_later(WRITE_TIMEOUT_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._stop_unread_timer()
+        super().resume_writing()
+
+    def _stop_unread_timer(self) -> None:
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
+            self._unread_timer = None
 
     def data_received(self, data: bytes) -> None:
         if not self._refused:  # what comes after a refusal is not read

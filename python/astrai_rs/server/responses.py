@@ -7,36 +7,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, Tag
 
 from astrai_rs.server.chat import ChatPlan, ChatRequest, ChatSample
 from astrai_rs.server.common import new_id
 from astrai_rs.server.errors import from_exception, invalid
 from astrai_rs.server.generation import Generation, Usage
-from astrai_rs.server.messages import OtherPart, TextPart
+from astrai_rs.server.messages import Part, by_type, joined
 from astrai_rs.server.parse import Content, Delta, Reasoning, ToolCallStart
-from astrai_rs.server.sampling import Number, Wire
+from astrai_rs.server.sampling import Items, Number, Wire
 from astrai_rs.server.sse import event
 
 
 class InputText(Wire):
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | list[TextPart | OutputText | OtherPart]
+    content: str | Items[Part]
     id: str | None = None
     status: str | None = None
     phase: str | None = None
-
-
-class OutputText(Wire):
-    """An answer's part, sent back."""
-
-    type: Literal["output_text"]
-    text: str
-    annotations: list[Any] | None = None
-    logprobs: list[Any] | None = None
 
 
 class InputCall(Wire):
@@ -51,7 +42,7 @@ class InputCall(Wire):
 class InputResult(Wire):
     type: Literal["function_call_output"]
     call_id: str
-    output: str
+    output: str | Items[Part]
     id: str | None = None
     status: str | None = None
 
@@ -65,7 +56,13 @@ class InputReasoning(Wire):
     status: str | None = None
 
 
-InputItem = InputCall | InputResult | InputReasoning | InputText
+InputItem = Annotated[
+    Annotated[InputCall, Tag("<function_call>")]
+    | Annotated[InputResult, Tag("<function_call_output>")]
+    | Annotated[InputReasoning, Tag("<reasoning>")]
+    | Annotated[InputText, Tag("<message>")],
+    by_type("function_call", "function_call_output", "reasoning", default="<message>"),
+]
 
 
 class FunctionTool(Wire):
@@ -101,12 +98,12 @@ class ReasoningOptions(Wire):
 
 class ResponsesRequest(Wire):
     model: str | None = None
-    input: str | list[InputItem]
+    input: str | Annotated[Items[InputItem], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: int | None = None
     temperature: Number = 1.0
     top_p: Number = 1.0
-    tools: list[FunctionTool] | None = None
+    tools: Items[FunctionTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice = "auto"
     parallel_tool_calls: bool = True
     text: TextOptions | None = None
@@ -120,7 +117,7 @@ class ResponsesRequest(Wire):
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    include: list[str] | None = None
+    include: Items[str] | None = None
     stream_options: dict[str, Any] | None = None
 
 
@@ -166,7 +163,7 @@ def _messages(items: list[InputItem]) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
     for index, item in enumerate(items):
         if isinstance(item, InputText):
-            messages.append({"role": item.role, "content": _text(f"input.{index}", item)})
+            messages.append({"role": item.role, "content": joined(f"input.{index}", item.content)})
         elif isinstance(item, InputCall):
             function = {"name": item.name, "arguments": item.arguments}
             call = {"id": item.call_id, "type": "function", "function": function}
@@ -175,20 +172,9 @@ def _messages(items: list[InputItem]) -> list[dict[str, Any]]:
             else:
                 messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
         elif isinstance(item, InputResult):
-            messages.append({"role": "tool", "tool_call_id": item.call_id, "content": item.output})
+            output = joined(f"input.{index}", item.output)
+            messages.append({"role": "tool", "tool_call_id": item.call_id, "content": output})
     return messages
-
-
-def _text(where: str, item: InputText) -> str:
-    if isinstance(item.content, str):
-        return item.content
-    texts = []
-    for part in item.content:
-        if not isinstance(part, (TextPart, OutputText)):
-            text = f"{where}.content: parts of type {part.type!r} are not supported: only text is"
-            raise invalid(text, param=f"{where}.content", code="unsupported")
-        texts.append(part.text)
-    return "".join(texts)
 
 
 class ResponsesReply:
@@ -207,7 +193,7 @@ class ResponsesReply:
         choice = generation.choices[0]
         for part in self._sample.parts(choice.text, last=True):
             self._take(part)
-        self._close()
+        self._close(choice.finish_reason)
         return self._response(choice.finish_reason, generation.usage)
 
     async def stream(self, generation: Generation) -> AsyncGenerator[bytes, None]:
@@ -219,9 +205,10 @@ class ResponsesReply:
                 for part in self._sample.parts(piece.text, last=piece.finish_reason is not None):
                     for name, fields in self._take(part):
                         yield self._event(name, **fields)
-            for name, fields in self._close():
+            reason = generation.choices[0].finish_reason
+            for name, fields in self._close(reason):
                 yield self._event(name, **fields)
-            response = self._response(generation.choices[0].finish_reason, generation.usage)
+            response = self._response(reason, generation.usage)
             yield self._event(f"response.{response['status']}", response=response)
         except Exception as error:
             fault = from_exception(error)
@@ -274,12 +261,12 @@ class ResponsesReply:
     def _place(self) -> dict[str, Any]:
         return {"item_id": self._items[-1]["id"], "output_index": len(self._items) - 1}
 
-    def _close(self) -> list[tuple[str, dict[str, Any]]]:
-        """The events that end the last item."""
-        if not self._items or self._items[-1]["status"] == "completed":
+    def _close(self, reason: str | None = None) -> list[tuple[str, dict[str, Any]]]:
+        """The events that end the last item; `reason`: why the whole answer ends."""
+        if not self._items or self._items[-1]["status"] != "in_progress":
             return []
         item = self._items[-1]
-        item["status"] = "completed"
+        item["status"] = "incomplete" if reason == "length" else "completed"
         out: list[tuple[str, dict[str, Any]]] = []
         if item["type"] == "function_call":
             fields = {**self._place(), "name": item["name"], "arguments": item["arguments"]}

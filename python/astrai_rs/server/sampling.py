@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
 
 from astrai_rs.request import SamplingParams, StructuredOutputsParams
 from astrai_rs.server.errors import invalid
@@ -14,10 +14,25 @@ from astrai_rs.server.settings import ServerSettings
 
 
 class Wire(BaseModel):
-    """A request's body: JSON types as they are, no field but the known ones."""
+    """A request's body: JSON types as they are, no field but the known ones; null means left out."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: Any) -> Any:
+        return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
+
+
+class _FirstFault(FailFast):
+    """Hashable, as the members of unions must be."""
+
+    __hash__ = object.__hash__
+
+
+Item = TypeVar("Item")
+Items = Annotated[list[Item], _FirstFault()]
+"""A list whose first fault is the only one reported: there may be a million."""
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -43,7 +58,7 @@ class ResponseFormat(Wire):
 class StructuredOutputs(Wire):
     json_: str | dict[str, Any] | bool | None = Field(None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Items[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
     disable_any_whitespace: bool = True
@@ -62,14 +77,14 @@ class SamplingFields(Wire):
     frequency_penalty: Number = 0.0
     repetition_penalty: Number = 1.0
     seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | Items[str] | None = None
+    stop_token_ids: Items[int] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     min_tokens: int = 0
     logit_bias: dict[str, Number] | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
+    allowed_token_ids: Items[int] | None = None
+    bad_words: Items[str] | None = None
     skip_special_tokens: bool = True
     structured_outputs: StructuredOutputs | None = None
     response_format: ResponseFormat | None = None
@@ -103,12 +118,18 @@ def sampling_params(
     Raises:
         ApiError: a value is over the server's limits, or two fields contradict each other.
     """
+    if body.stream_options is not None and not body.stream:
+        raise invalid("stream_options needs stream: true", param="stream_options")
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    _at_most("n", body.n, settings.max_n)
-    _at_most("stop", len(stop), settings.max_stop, "strings")
+    bad_words = body.bad_words or []
+    at_most("n", body.n, settings.max_n)
+    at_most("stop", len(stop), settings.max_stop, "strings")
+    at_most("bad_words", len(bad_words), settings.max_bad_words, "strings")
+    for name, words in (("stop", stop), ("bad_words", bad_words)):
+        at_most(name, sum(map(len, words)), settings.max_stop_chars, "characters")
     for name, value in (("logprobs", logprobs), ("prompt_logprobs", prompt_logprobs)):
         if value is not None:
-            _at_most(name, value, settings.max_logprobs)
+            at_most(name, value, settings.max_logprobs)
             if value < 0:
                 raise invalid(f"{name} must be at least 0; given: {value}", param=name)
     structured = _structured(body, settings)
@@ -143,7 +164,7 @@ def sampling_params(
     )
 
 
-def _at_most(name: str, value: int, limit: int, what: str = "") -> None:
+def at_most(name: str, value: int, limit: int, what: str = "") -> None:
     if value > limit:
         unit = f" {what}" if what else ""
         raise invalid(f"{name} may be at most {limit}{unit} on this server; given: {value}", param=name)
@@ -159,6 +180,7 @@ def _logit_bias(given: Mapping[str, float] | None) -> dict[int, float] | None:
 
 
 def _structured(body: SamplingFields, settings: ServerSettings) -> StructuredOutputsParams | None:
+    name = "response_format" if body.structured_outputs is None else "structured_outputs"
     wanted = _response_format(body.response_format)
     if body.structured_outputs is not None:
         if wanted is not None:
@@ -167,7 +189,14 @@ def _structured(body: SamplingFields, settings: ServerSettings) -> StructuredOut
             **body.structured_outputs.model_dump(by_alias=True, exclude_none=True)
         )
     if wanted is not None:
-        _check_sizes(wanted, settings)
+        check_schema(name, str(wanted.json or ""), settings)
+        sizes = {
+            "grammar": (len(wanted.grammar or ""), settings.max_schema_bytes),
+            "choice": (sum(map(len, wanted.choice or ())), settings.max_schema_bytes),
+            "regex": (len(wanted.regex or ""), settings.max_regex_bytes),
+        }
+        for what, (size, limit) in sizes.items():
+            at_most(f"{name}.{what}", size, limit, "characters")
     return wanted
 
 
@@ -181,21 +210,14 @@ def _response_format(wanted: ResponseFormat | None) -> StructuredOutputsParams |
     return StructuredOutputsParams(json=wanted.json_schema.schema_)
 
 
-def _check_sizes(wanted: StructuredOutputsParams, settings: ServerSettings) -> None:
-    schema = str(wanted.json or "")
-    sizes = {
-        "a schema": (len(schema), settings.max_schema_bytes),
-        "a grammar": (len(wanted.grammar or ""), settings.max_schema_bytes),
-        "choice": (sum(map(len, wanted.choice or ())), settings.max_schema_bytes),
-        "a regex": (len(wanted.regex or ""), settings.max_regex_bytes),
-    }
-    for what, (size, limit) in sizes.items():
-        if size > limit:
-            message = f"{what} may have {limit} characters on this server; given: {size}"
-            raise invalid(message, param="structured_outputs")
-    if (depth := _depth(schema)) > settings.max_schema_depth:
-        message = f"a schema may nest {settings.max_schema_depth} levels on this server; given: {depth}"
-        raise invalid(message, param="structured_outputs")
+def check_schema(name: str, schema: str, settings: ServerSettings) -> None:
+    """The size and depth of a JSON schema in the field `name`.
+
+    Raises:
+        ApiError: it is over the server's limits.
+    """
+    at_most(name, len(schema), settings.max_schema_bytes, "characters")
+    at_most(name, _depth(schema), settings.max_schema_depth, "levels")
 
 
 def _depth(schema: str) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,10 @@ class ServerSettings:
     """Prompts of one completions request."""
     max_n: int = 128
     max_stop: int = 16
+    """Stop strings."""
+    max_bad_words: int = 128
+    max_stop_chars: int = 8 << 10
+    """Characters of all stop strings and bad words."""
     max_logprobs: int = 20
     max_schema_bytes: int = 64 << 10
     """JSON schemas and grammars."""
@@ -42,3 +46,11 @@ class ServerSettings:
     """A step that takes longer than this makes `/health` fail."""
     drain_timeout_s: float = 30.0
     """After SIGTERM, time for accepted requests to finish."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(field.default, tuple) and not isinstance(value, tuple):
+                raise TypeError(f"{field.name} must be a tuple of strings; given: {type(value).__name__}")
+        if not all(key.strip() for key in self.api_keys):
+            raise ValueError("an API key must not be empty")

@@ -8,7 +8,7 @@ import logging
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from starlette.responses import Response
+from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 log = logging.getLogger("astrai_rs.server")
@@ -25,7 +25,7 @@ def event(data: Any, name: str | None = None) -> bytes:
     return f"{head}data: {text}\n\n".encode()
 
 
-class StreamResponse(Response):
+class StreamResponse(StreamingResponse):
     """Sends what a generator gives. When the client leaves, the generator is closed at once."""
 
     def __init__(
@@ -35,15 +35,9 @@ class StreamResponse(Response):
         keep_alive_s: float | None,
         media_type: str,
     ) -> None:
-        self.status_code = 200
-        self.background = None
-        self.body = b""
+        super().__init__(chunks, headers={"x-accel-buffering": "no"}, media_type=media_type)
         self._chunks = chunks
         self._keep_alive_s = keep_alive_s
-        self.init_headers({"content-type": media_type, "x-accel-buffering": "no"})
-
-    def init_headers(self, headers: Any = None) -> None:
-        self.raw_headers = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}

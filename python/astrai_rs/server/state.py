@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 import weakref
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
 
 from astrai_rs._core import EngineClosed
 from astrai_rs.engine import Engine
 from astrai_rs.request import SamplingParams
-from astrai_rs.server.errors import ApiError, busy
+from astrai_rs.server.errors import ApiError, busy, invalid
 from astrai_rs.server.generation import Generation
 from astrai_rs.server.metrics import Metrics
 from astrai_rs.server.settings import ServerSettings
@@ -20,6 +20,8 @@ from astrai_rs.server.sse import EVENTS, StreamResponse
 from astrai_rs.tokenizer import AutoTokenizer
 
 Result = TypeVar("Result")
+
+_SHUTTING_DOWN = "the server is shutting down"
 
 
 class ServerState:
@@ -32,6 +34,9 @@ class ServerState:
         self.draining = False
         self.created = int(time.time())
         self._live: weakref.WeakSet[Generation] = weakref.WeakSet()
+        self.num_requests = 0
+        """Requests that are being answered, from their heads on."""
+        self._is_over = False
         self._num_samples = 0
         self._busy_since = 0.0
 
@@ -49,6 +54,19 @@ class ServerState:
             return self.engine.token_bytes()
         except NotImplementedError:
             return []
+
+    def check_lengths(self, texts: Iterable[object]) -> None:
+        """Refuse a text that cannot fit, however few tokens it has: encoding it would take seconds."""
+        if not isinstance(self.engine.tokenizer, AutoTokenizer):
+            return
+        limit = self.engine.max_model_len * self.engine.tokenizer.longest_token
+        for text in texts:
+            if isinstance(text, str) and len(text) > limit:
+                message = (
+                    f"the prompt must leave room for a token within max_model_len: at most "
+                    f"{self.engine.max_model_len - 1} tokens; given: a text of {len(text)} characters"
+                )
+                raise invalid(message, code="context_length_exceeded")
 
     def check_model(self, name: str | None) -> None:
         """Clients may leave the name out."""
@@ -68,10 +86,18 @@ class ServerState:
 
     async def start(self, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> Generation:
         """Submit the prompts together; an error if any of them is not possible."""
-        await self.call(self.engine.compile_grammars, params)
+        if any(one.structured_outputs is not None for one in params):
+            await self.call(self.engine.compile_grammars, params)
+        if self._is_over:
+            raise busy(_SHUTTING_DOWN, code="shutting_down")
         wanted = sum(one.n for one in params)
         limit = self.engine.max_num_seqs + self.settings.max_queued
-        if self._num_samples and self._num_samples + wanted > limit:
+        if wanted > limit:
+            message = (
+                f"a request may ask for {limit} samples (n times prompts) on this server; given: {wanted}"
+            )
+            raise invalid(message, param="n")
+        if self._num_samples + wanted > limit:
             message = f"the queue is full: {self._num_samples} samples are running or waiting"
             raise busy(message, status=429, code="queue_full")
         if not self._num_samples:
@@ -92,9 +118,10 @@ class ServerState:
         return sum(not generation.is_over for generation in self._live)
 
     def end_all(self) -> None:
-        """End every live generation with an error: the time to drain is over."""
+        """End every live generation with an error, and begin none: the time to drain is over."""
+        self._is_over = True
         for generation in list(self._live):
-            generation.fail(EngineClosed("the server is shutting down"))
+            generation.fail(EngineClosed(_SHUTTING_DOWN))
 
     def health(self) -> str | None:
         """None, or what is wrong with the engine."""
@@ -102,6 +129,7 @@ class ServerState:
             return "the engine has stopped"
         stats = self.engine.stats()
         silent = min(stats["uptime_s"] - stats["heartbeat_s"], time.monotonic() - self._busy_since)
-        if self.num_live and silent > self.settings.stuck_after_s:
+        is_busy = self.num_live or stats["num_requests_running"] or stats["num_requests_waiting"]
+        if is_busy and silent > self.settings.stuck_after_s:
             return f"the engine has not finished a step for {silent:.1f} s"
-        return "the server is shutting down" if self.draining else None
+        return _SHUTTING_DOWN if self.draining else None

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
-from pydantic import Field
 
+from astrai_rs.server.chat import ChatRequest
+from astrai_rs.server.conversation import prompt_ids
 from astrai_rs.server.errors import invalid
-from astrai_rs.server.messages import Message, template_messages
-from astrai_rs.server.sampling import Wire
+from astrai_rs.server.messages import Message, Tool
+from astrai_rs.server.sampling import Items, Wire
 
 if TYPE_CHECKING:
     from astrai_rs.server.state import ServerState
@@ -18,15 +19,19 @@ if TYPE_CHECKING:
 class TokenizeRequest(Wire):
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
     add_special_tokens: bool = True
-    add_generation_prompt: bool = True
     return_token_strs: bool = False
+    # As in chat completions.
+    messages: Items[Message] | None = None
+    tools: Items[Tool] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class DetokenizeRequest(Wire):
     model: str | None = None
-    tokens: list[int]
+    tokens: Items[int]
 
 
 def add_routes(app: FastAPI, state: ServerState) -> None:
@@ -36,12 +41,8 @@ def add_routes(app: FastAPI, state: ServerState) -> None:
         if body.messages is None:
             assert body.prompt is not None
             return state.tokenizer.encode(body.prompt, body.add_special_tokens)
-        _, ids = state.tokenizer.chat_prompt(
-            template_messages(body.messages, state.settings),
-            add_generation_prompt=body.add_generation_prompt,
-            sanitize_control_tokens=state.settings.sanitize_control_tokens,
-        )
-        return ids
+        names = set(ChatRequest.model_fields) & body.model_fields_set
+        return prompt_ids(state, ChatRequest.model_construct(**{n: getattr(body, n) for n in names}))
 
     @app.post("/tokenize", tags=["tokens"])
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
