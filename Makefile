@@ -6,7 +6,7 @@ CARGO_TEST := $(shell cargo nextest --version >/dev/null 2>&1 && echo nextest ru
 PROMPT ?= Why is the sky blue?
 
 .DEFAULT_GOAL := help
-.PHONY: help run test conformance docs test-rust test-python lint fmt bench wheel develop clean
+.PHONY: help run test conformance ray docs test-rust test-python lint fmt bench wheel develop clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -41,6 +41,13 @@ conformance: develop ## Large real clients and a browser against the server (ins
 	VIRTUAL_ENV=$(CURDIR)/$(VENV)-conformance $(VENV)-conformance/bin/maturin develop --release --extras cli,server
 	$(VENV)-conformance/bin/python -m pytest -q -W default tests/conformance tests/page
 
+ray: develop ## Two replicas and a batch job on a local Ray cluster (installs Ray into .venv-ray)
+	$(PYTHON) -m venv $(VENV)-ray
+	$(VENV)-ray/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-ray/bin/python -m pip install --quiet maturin --group test
+	VIRTUAL_ENV=$(CURDIR)/$(VENV)-ray $(VENV)-ray/bin/maturin develop --release --extras server,ray
+	$(VENV)-ray/bin/python -m pytest -q -W ignore tests/ray
+
 docs: $(VENV)/.ready ## Build the documentation into site/
 	$(BIN)/python -m pip install --quiet --group docs
 	$(BIN)/mkdocs build --strict --site-dir site
@@ -66,4 +73,4 @@ wheel: $(VENV)/.ready ## Build the release wheel into dist/
 	$(BIN)/maturin build --release --out dist
 
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) $(VENV)-conformance dist site target
+	rm -rf $(VENV) $(VENV)-conformance $(VENV)-ray dist site target

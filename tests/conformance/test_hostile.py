@@ -43,17 +43,19 @@ WRONG = [
 
 
 def mutated(rng: random.Random) -> tuple[str, bytes]:
-    """A valid request with a value of another type, an unknown field, or damaged bytes."""
+    """A valid request with a value of another type, an unknown field, too many bytes, or damaged ones."""
     route, body = rng.choice(VALID)
-    kind = rng.randrange(4)
+    kind = rng.randrange(5)
     if kind == 0:
         body = {**body, rng.choice(list(body)): rng.choice(WRONG)}
     elif kind == 1:
         body = {**body, rng.choice(["best_of", "suffix", "__class__", "x" * 1000, ""]): rng.choice(WRONG)}
     elif kind == 2:
         return route, rng.choice(HOSTILE).encode("utf-8", "replace")
+    elif kind == 3 and rng.random() < 0.02:
+        body = {**body, "padding": "x" * (9 << 20)}
     data = json.dumps(body).encode()
-    if kind == 3:
+    if kind == 4:
         at = rng.randrange(len(data))
         data = data[:at] + bytes(rng.choices(range(256), k=rng.randrange(4))) + data[at + rng.randrange(3) :]
     return route, data
