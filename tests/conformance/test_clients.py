@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -80,7 +81,8 @@ def test_schemathesis():
     With a model of a short context: many of the requests fill it.
     """
     with Engine(FIXTURES / "golden/glass-llama") as engine, serving(engine) as (url, _):
-        command = ["schemathesis", "run", f"{url}/openapi.json", "--max-examples", "20", "--no-color"]
+        program = Path(sys.executable).with_name("schemathesis")
+        command = [program, "run", f"{url}/openapi.json", "--max-examples", "20", "--no-color"]
         command += ["--checks", "not_a_server_error,status_code_conformance,content_type_conformance"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout[-4000:]

@@ -157,6 +157,14 @@ def test_bodies_that_are_too_large_or_too_slow(engine):
         assert b'"code":"body_timeout"' in slow
 
 
+def test_a_client_that_sends_far_too_much_reads_why(url):
+    with httpx.Client(base_url=url, timeout=30) as http:
+        for _ in range(3):
+            answer = http.post("/v1/completions", content=b"x" * (20 << 20))
+            assert answer.status_code == 413
+            assert answer.json()["error"]["code"] == "body_too_large"
+
+
 def test_heads_that_are_no_http_or_too_large(url, monkeypatch):
     assert b'"invalid_http"' in raw(url, b"HELLO\r\n\r\n")
     assert b" 431 " in raw(url, b"GET /health HTTP/1.1\r\nX: " + b"a" * 70_000 + b"\r\n\r\n")

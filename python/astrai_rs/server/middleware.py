@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import json
 import logging
@@ -22,6 +23,9 @@ access_log = logging.getLogger("astrai_rs.access")
 
 _OPEN_PATHS = frozenset({"/health", "/", "/app.js", "/markdown.js", "/style.css"})
 """No key: they tell nothing about the model or its users."""
+
+_DISCARD_S = 0.8
+"""Time for the rest of a body that is too large."""
 
 _SECURITY_HEADERS = {
     "x-content-type-options": "nosniff",
@@ -116,37 +120,45 @@ class Gate:
             raise ApiError(403, message, code="wrong_origin")
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
-        limit = self._settings.max_body_bytes
-        length = Headers(scope=scope).get("content-length", "0")
-        if length.isdigit() and int(length) > limit:
-            raise _too_large(limit)
-        chunks: list[bytes] = []
-        size = 0
-        try:
-            async with asyncio.timeout(self._settings.body_timeout_s):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise ApiError(400, "the client left before the body was complete")
-                    chunks.append(message.get("body", b""))
-                    size += len(chunks[-1])
-                    if size > limit:
-                        raise _too_large(limit)
-                    if not message.get("more_body", False):
-                        return b"".join(chunks)
-        except TimeoutError:
-            seconds = self._settings.body_timeout_s
-            message_text = f"the body did not arrive within {seconds:g} s"
-            raise ApiError(408, message_text, code="body_timeout", headers={"connection": "close"}) from None
+        limit, seconds = self._settings.max_body_bytes, self._settings.body_timeout_s
+        headers = Headers(scope=scope)
+        length = headers.get("content-length", "0")
+        if not (length.isdigit() and int(length) > limit):
+            try:
+                async with asyncio.timeout(seconds):
+                    body = await _read(receive, limit)
+            except TimeoutError:
+                message = f"the body did not arrive within {seconds:g} s"
+                raise ApiError(408, message, code="body_timeout", headers={"connection": "close"}) from None
+            if body is not None:
+                return body
+        if "expect" not in headers:
+            await _discard(receive)
+        message = f"the body may have at most {limit} bytes"
+        raise ApiError(413, message, code="body_too_large", headers={"connection": "close"})
 
 
-def _too_large(limit: int) -> ApiError:
-    return ApiError(
-        413,
-        f"the body may have at most {limit} bytes",
-        code="body_too_large",
-        headers={"connection": "close"},
-    )
+async def _read(receive: Receive, limit: int) -> bytes | None:
+    """The whole body; None if it is larger."""
+    chunks: list[bytes] = []
+    size = 0
+    while size <= limit:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ApiError(400, "the client left before the body was complete")
+        chunks.append(message.get("body", b""))
+        size += len(chunks[-1])
+        if size <= limit and not message.get("more_body", False):
+            return b"".join(chunks)
+    return None
+
+
+async def _discard(receive: Receive) -> None:
+    """Most clients send all before they read, and closing on unread bytes resets the connection."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DISCARD_S):
+            while (await receive()).get("more_body", False):
+                pass
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
