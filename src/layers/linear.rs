@@ -28,7 +28,7 @@ pub(super) struct Part {
 
 impl Builder<'_> {
     /// The stored matrix `name`, `[rows, cols]`, unpacked.
-    pub fn table(&mut self, name: &str, rows: usize, cols: usize) -> Result<StoredTensor> {
+    pub fn matrix(&mut self, name: &str, rows: usize, cols: usize) -> Result<StoredTensor> {
         self.weights.take(name, &[rows, cols])
     }
 
@@ -42,7 +42,7 @@ impl Builder<'_> {
     pub(super) fn projection(&mut self, parts: &[Part], in_features: usize) -> Result<Linear> {
         let mut stored = Vec::with_capacity(parts.len());
         for part in parts {
-            stored.push(self.table(&format!("{}.weight", part.name), part.out, in_features)?);
+            stored.push(self.matrix(&format!("{}.weight", part.name), part.out, in_features)?);
         }
         let bias = self.bias(parts)?;
         self.backend.pack(&stored, bias)
