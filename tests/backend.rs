@@ -63,7 +63,7 @@ fn linear_matches_the_reference() {
                     let weight = stored(&mut random, &[out, cols], encoding);
                     let plain = values(&backend.vector(&weight).unwrap());
                     let bias = random.floats(out);
-                    let packed = backend.pack(&[weight], Some(tensor(&bias, &[out]))).unwrap();
+                    let packed = backend.pack(&[weight], Some(bias.clone())).unwrap();
                     for rows in [1, 3, 13, 29] {
                         let x = random.floats(rows * cols);
                         let got = backend.linear(&tensor(&x, &[rows, cols]), &packed).unwrap();

@@ -11,6 +11,7 @@ mod cpu;
 mod cuda;
 #[cfg(feature = "cuda-emulator")]
 pub use cuda::emulator;
+mod device;
 mod ops;
 pub mod reference;
 
@@ -18,15 +19,13 @@ use std::cell::RefCell;
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
-use half::vec::HalfBitsVecExt;
-use half::{bf16, f16};
 
 use crate::cache::block::BlockId;
-use crate::config::{BLOCK_SIZE, DType};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::spec::{Activation, QkNorm, RopePairing};
 use crate::weights::StoredTensor;
-use cpu::{Cpu, Tier};
+use cpu::Cpu;
+pub use device::CacheBudget;
 
 /// A device with its kernels and threads. Cheap to clone; clones share the thread pool.
 #[derive(Clone)]
@@ -145,96 +144,21 @@ pub struct Run {
 }
 
 impl Backend {
-    /// The CPU, with `num_threads` threads (all CPUs that the process may use when `None`).
-    pub fn cpu(num_threads: Option<usize>, dtype: DType) -> Result<Self> {
-        let cpu = Arc::new(Cpu::new(num_threads, dtype, Tier::detect())?);
-        Ok(Self { device: Device::Cpu, kind: Kind::Cpu(cpu) })
-    }
-
-    /// As [`Self::cpu`] with the instructions of `tier` (see [`Self::tier`]); an error when this CPU
-    /// lacks them. For tests and comparisons.
-    pub fn cpu_with_tier(num_threads: Option<usize>, dtype: DType, tier: &str) -> Result<Self> {
-        let cpu = Arc::new(Cpu::new(num_threads, dtype, Tier::parse(tier)?)?);
-        Ok(Self { device: Device::Cpu, kind: Kind::Cpu(cpu) })
-    }
-
-    /// GPU `ordinal`. [`DType::Auto`] is bf16 there.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Device`] without a driver or such a GPU, [`ErrorKind::Unsupported`] in a build
-    /// without the feature `cuda`.
-    #[cfg_attr(not(feature = "cuda"), allow(unused_variables, clippy::missing_const_for_fn))]
-    pub fn cuda(ordinal: usize, dtype: DType) -> Result<Self> {
-        #[cfg(feature = "cuda")]
-        {
-            let cuda = cuda::Cuda::open(ordinal, float_type(dtype))?;
-            Ok(Self { device: cuda.device(), kind: Kind::Cuda(Arc::new(cuda)) })
-        }
-        #[cfg(not(feature = "cuda"))]
-        Err(Error::unsupported("device \"cuda\": this build is for the CPU only"))
-    }
-
-    /// The tiers that this CPU has, narrowest first.
-    #[must_use]
-    pub fn cpu_tiers() -> Vec<&'static str> {
-        Tier::ALL.into_iter().filter(|tier| tier.is_present()).map(Tier::name).collect()
-    }
-
-    /// The candle device of the tensors.
-    #[must_use]
-    pub fn device(&self) -> &Device {
-        &self.device
-    }
-
-    /// Instruction tier, e.g. `avx512bf16`, `avx2`, `portable`; `cuda` for a GPU.
-    #[must_use]
-    pub fn tier(&self) -> &'static str {
-        match &self.kind {
-            Kind::Cpu(cpu) => cpu.tier().name(),
-            #[cfg(feature = "cuda")]
-            Kind::Cuda(_) => "cuda",
-        }
-    }
-
-    /// Threads that the kernels use; 1 for a GPU.
-    #[must_use]
-    pub fn num_threads(&self) -> usize {
-        match &self.kind {
-            Kind::Cpu(cpu) => cpu.threads(),
-            #[cfg(feature = "cuda")]
-            Kind::Cuda(_) => 1,
-        }
-    }
-
-    /// Type of activations.
-    #[must_use]
-    pub fn activation_dtype(&self) -> candle_core::DType {
-        match &self.kind {
-            Kind::Cpu(_) => F32,
-            #[cfg(feature = "cuda")]
-            Kind::Cuda(cuda) => cuda.dtype(),
-        }
-    }
-
     /// A stored vector (norm weight, bias) as an f32 tensor of the same shape.
     pub fn vector(&self, stored: &StoredTensor) -> Result<Tensor> {
-        let mut values = vec![0.0; stored.shape.iter().product()];
-        reference::dequantize(stored.encoding, stored.data.as_slice(), &mut values);
-        Ok(Tensor::from_vec(values, stored.shape.as_slice(), &self.device)?)
+        let numbers = reference::numbers(stored);
+        Ok(Tensor::from_vec(numbers, stored.shape.as_slice(), &self.device)?)
     }
 
     /// Packs the rows of `parts` (`[out_i, in]` each, encodings may differ) into one projection.
-    /// `bias` is `[sum of out_i]` f32.
-    pub fn pack(&self, parts: &[StoredTensor], bias: Option<Tensor>) -> Result<Linear> {
+    /// `bias` has a number for each row.
+    pub fn pack(&self, parts: &[StoredTensor], bias: Option<Vec<f32>>) -> Result<Linear> {
         let rows = check::parts(parts)?;
-        if let Some(bias) = &bias {
-            check::shape("bias", bias, &[rows], F32)?;
+        if let Some(bias) = bias.as_ref().filter(|bias| bias.len() != rows) {
+            return Err(Error::bug(format!("a bias of {} numbers for {rows} rows", bias.len())));
         }
         let packed = match &self.kind {
-            Kind::Cpu(cpu) => {
-                let bias = bias.map_or(Ok(Vec::new()), |bias| bias.to_vec1())?;
-                Packed::Cpu(cpu::pack(cpu, parts, bias)?)
-            }
+            Kind::Cpu(cpu) => Packed::Cpu(cpu::pack(cpu, parts, bias.unwrap_or_default())?),
             #[cfg(feature = "cuda")]
             Kind::Cuda(cuda) => Packed::Cuda(Arc::new(cuda.matrix(parts, bias)?)),
         };
@@ -258,58 +182,6 @@ impl Backend {
             TableRows::Stored(stored) => self.pack(std::slice::from_ref(stored), None),
             #[cfg(feature = "cuda")]
             TableRows::Cuda(matrix) => Ok(Linear { packed: Packed::Cuda(matrix.clone()) }),
-        }
-    }
-
-    /// Empty pages for one layer. On the CPU memory is committed when it is first written.
-    pub fn layer_kv(&self, num_blocks: usize, heads: Heads) -> Result<LayerKv> {
-        check::heads(heads)?;
-        let page = heads.num_kv_heads * BLOCK_SIZE * heads.head_dim;
-        let shape = (2, num_blocks, page);
-        let len = page.checked_mul(2 * num_blocks).filter(|&len| len < isize::MAX as usize / 4);
-        let len = len.ok_or_else(|| {
-            Error::new(
-                ErrorKind::OutOfMemory,
-                format!("a cache of {num_blocks} blocks is too large"),
-            )
-        })?;
-        #[cfg(feature = "cuda")]
-        if let Kind::Cuda(cuda) = &self.kind {
-            return Ok(LayerKv { pages: cuda.zeros(shape)? });
-        }
-        // Zeros of a primitive type come from the system untouched, those of `bf16` do not.
-        let device = &self.device;
-        let pages = match self.kv_dtype() {
-            F32 => Tensor::from_vec(vec![0f32; len], shape, device),
-            candle_core::DType::F16 => {
-                Tensor::from_vec(vec![0u16; len].reinterpret_into::<f16>(), shape, device)
-            }
-            _ => Tensor::from_vec(vec![0u16; len].reinterpret_into::<bf16>(), shape, device),
-        };
-        Ok(LayerKv { pages: pages? })
-    }
-
-    /// Bytes of the device's memory that this process may use, where the system tells.
-    #[must_use]
-    pub fn memory_bytes(&self) -> Option<usize> {
-        match &self.kind {
-            Kind::Cpu(_) => cpu::memory_limit(),
-            #[cfg(feature = "cuda")]
-            Kind::Cuda(cuda) => cuda.memory().ok().map(|(free, _)| free),
-        }
-    }
-
-    /// Bytes that one cached token of one layer takes.
-    #[must_use]
-    pub fn kv_bytes_per_token(&self, heads: Heads) -> usize {
-        2 * heads.num_kv_heads * heads.head_dim * self.kv_dtype().size_in_bytes()
-    }
-
-    fn kv_dtype(&self) -> candle_core::DType {
-        match &self.kind {
-            Kind::Cpu(cpu) => float_type(cpu.dtype()),
-            #[cfg(feature = "cuda")]
-            Kind::Cuda(cuda) => cuda.dtype(),
         }
     }
 
@@ -488,15 +360,6 @@ impl Backend {
 }
 
 const F32: candle_core::DType = candle_core::DType::F32;
-
-/// The float type that a precision is stored in.
-fn float_type(dtype: DType) -> candle_core::DType {
-    match dtype {
-        DType::Float32 => F32,
-        DType::Float16 => candle_core::DType::F16,
-        DType::Auto | DType::BFloat16 => candle_core::DType::BF16,
-    }
-}
 
 #[cfg(feature = "cuda")]
 fn other_device(what: &str) -> Error {

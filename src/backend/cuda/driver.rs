@@ -35,7 +35,7 @@ macro_rules! jumps {
         mod $slots {
             use super::{AtomicPtr, c_void, not_loaded};
             $(pub(super) static $name: AtomicPtr<c_void> =
-                AtomicPtr::new(not_loaded as *const c_void as *mut c_void);)*
+                AtomicPtr::new(not_loaded as *mut c_void);)*
         }
 
         const $list: &[Slot] = &[$(Slot {
@@ -139,9 +139,15 @@ pub(super) fn load() -> Result<()> {
     MEMORY_SLOTS[0].fill(memory::alloc_async as *mut c_void);
     MEMORY_SLOTS[1].fill(memory::free_async as *mut c_void);
     MEMORY_SLOTS[2].fill(memory::destroy_stream as *mut c_void);
-    CREATE_SLOTS.iter().for_each(|slot| slot.fill(make_handle as *mut c_void));
-    HANDLE_SLOTS.iter().for_each(|slot| slot.fill(accept as *mut c_void));
-    UNUSED_SLOTS.iter().for_each(|slot| slot.fill(refuse as *mut c_void));
+    for (slots, answer) in [
+        (CREATE_SLOTS, make_handle as *mut c_void),
+        (HANDLE_SLOTS, accept as *mut c_void),
+        (UNUSED_SLOTS, refuse as *mut c_void),
+    ] {
+        for slot in slots {
+            slot.fill(answer);
+        }
+    }
     *loaded = true;
     Ok(())
 }
@@ -195,6 +201,7 @@ impl Library {
         Ok(Self)
     }
 
+    #[expect(clippy::unused_self, reason = "as for a library that was opened")]
     fn function(&self, name: &CStr) -> Result<*mut c_void> {
         unsafe extern "C" {
             fn emulated_driver(name: *const c_char) -> *mut c_void;

@@ -1,6 +1,6 @@
 //! The emulated GPU of test builds: counters, and what the launcher checks.
 
-use std::ffi::{CString, c_char};
+use std::ffi::{CStr, CString, c_char};
 
 unsafe extern "C" {
     fn emulated_count(what: *const c_char) -> u64;
@@ -10,8 +10,7 @@ unsafe extern "C" {
 /// How often something happened in this process: `launches`, `graph launches`, `allocations`; or the
 /// `bytes` of device memory that are allocated now.
 #[must_use]
-pub fn count(what: &str) -> u64 {
-    let what = CString::new(what).expect("no zero in a name");
+pub fn count(what: &CStr) -> u64 {
     // SAFETY: a string that ends with zero.
     unsafe { emulated_count(what.as_ptr()) }
 }

@@ -77,8 +77,29 @@ impl Cuda {
         Device::Cuda(self.device.clone())
     }
 
+    /// Bytes that weights and activations (numbers of them) leave of `utilization` of the memory.
+    pub(super) fn memory_left(
+        &self,
+        utilization: f64,
+        weights: usize,
+        activations: usize,
+    ) -> Result<usize> {
+        let (free, total) = self.memory()?;
+        let share = ((total as f64 * utilization) as usize).min(free);
+        // A little more for what the driver and the allocator round up.
+        let needed =
+            weights * self.dtype.size_in_bytes() + activations * size_of::<f32>() + (64 << 20);
+        share.checked_sub(needed).filter(|&left| left > 0).ok_or_else(|| {
+            let message = format!(
+                "the model needs {needed} bytes of GPU memory beside its cache; {share} may be used \
+                 ({free} of {total} are free, gpu_memory_utilization is {utilization})"
+            );
+            Error::new(ErrorKind::OutOfMemory, message)
+        })
+    }
+
     /// Free and total bytes of the GPU's memory.
-    pub(super) fn memory(&self) -> Result<(usize, usize)> {
+    fn memory(&self) -> Result<(usize, usize)> {
         self.stream.context().mem_get_info().map_err(failed)
     }
 
@@ -99,7 +120,7 @@ impl Cuda {
     }
 
     /// Numbers of any stored encoding, in device memory as the compute type.
-    pub(super) fn matrix(&self, parts: &[StoredTensor], bias: Option<Tensor>) -> Result<Matrix> {
+    pub(super) fn matrix(&self, parts: &[StoredTensor], bias: Option<Vec<f32>>) -> Result<Matrix> {
         let shape = (parts.iter().map(StoredTensor::rows).sum::<usize>(), parts[0].cols());
         let bytes = parts.iter().map(|part| part.data.as_slice());
         let same = |encoding| parts.iter().all(|part| part.encoding == encoding);
@@ -112,7 +133,9 @@ impl Cuda {
             DType::F16 => Tensor::from_vec(converted(parts, f16::from_f32), shape, &self.device()),
             _ => Tensor::from_vec(converted(parts, |x| x), shape, &self.device()),
         };
-        Ok(Matrix { weight: weight.map_err(|error| self.explain(error))?, bias })
+        let weight = weight.map_err(|error| self.explain(error))?;
+        let bias = bias.map(|bias| Tensor::from_vec(bias, shape.0, &self.device())).transpose();
+        Ok(Matrix { weight, bias: bias.map_err(|error| self.explain(error))? })
     }
 
     fn raw<'a>(

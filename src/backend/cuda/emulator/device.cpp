@@ -463,12 +463,21 @@ bool run_kernel(const Kernel &kernel, dim3 grid, dim3 block, size_t shared_bytes
 
 // ---------------------------------------------------------------- numbers
 
-float from_f16_bits(uint16_t bits) {
+static float f16_value(uint16_t bits) {
     const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
     const float sign = bits >> 15 ? -1.0f : 1.0f;
     if (exponent == 31) return mantissa ? NAN : sign * INFINITY;
     if (exponent == 0) return sign * std::ldexp(float(mantissa), -24);
     return sign * std::ldexp(float(mantissa + 1024), exponent - 25);
+}
+
+float from_f16_bits(uint16_t bits) {
+    static const std::vector<float> values = [] {
+        std::vector<float> all(1 << 16);
+        for (size_t i = 0; i < all.size(); i++) all[i] = f16_value(uint16_t(i));
+        return all;
+    }();
+    return values[bits];
 }
 
 uint16_t to_f16_bits(float x) {
