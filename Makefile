@@ -4,9 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 CARGO_TEST := $(shell cargo nextest --version >/dev/null 2>&1 && echo nextest run || echo test)
 PROMPT ?= Why is the sky blue?
+# The CUDA 13.0 compiler: where CUDA_HOME says, else in its usual place, else from PyPI.
+TOOLKIT := $(CURDIR)/$(VENV)-cuda/toolkit
+CUDA_HOME ?= $(if $(wildcard /usr/local/cuda/bin/nvcc),/usr/local/cuda,$(TOOLKIT))
+# candle's kernels for Ampere and newer; the version of the driver interface that is spoken.
+CUDA := CUDA_HOME=$(CUDA_HOME) NVCC=$(CUDA_HOME)/bin/nvcc CUDA_COMPUTE_CAP=80 CUDARC_CUDA_VERSION=13000
 
 .DEFAULT_GOAL := help
-.PHONY: help run test conformance ray docs test-rust test-python lint fmt bench wheel develop clean
+.PHONY: help run test conformance ray docs test-rust test-python test-cuda lint lint-cuda fmt bench wheel wheel-cuda develop clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -32,6 +37,16 @@ test-rust: ## Rust unit and integration tests
 
 test-python: develop ## Python tests against the release extension
 	$(BIN)/python -m pytest -q tests/python
+
+$(TOOLKIT)/bin/nvcc:
+	$(PYTHON) -m venv $(VENV)-cuda
+	$(VENV)-cuda/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-cuda/bin/python -m pip install --quiet nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 \
+		nvidia-cuda-crt==13.0.88 nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85
+	ln -sfn $$(echo $(CURDIR)/$(VENV)-cuda/lib/python3*/site-packages/nvidia/cu13) $(TOOLKIT)
+
+test-cuda: $(CUDA_HOME)/bin/nvcc ## The CUDA kernels and models on an emulated GPU (compiles for 10 minutes at first)
+	$(CUDA) cargo $(CARGO_TEST) --features cuda-emulator --test cuda --test cuda_model
 
 conformance: develop ## Large real clients and a browser against the server (installs about 1 GB into .venv-conformance)
 	$(PYTHON) -m venv $(VENV)-conformance
@@ -62,6 +77,9 @@ lint: develop ## Formatters, linters and type checkers; warnings are errors
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest astrai_rs._core
 
+lint-cuda: $(CUDA_HOME)/bin/nvcc ## Clippy on what only a CUDA build compiles
+	$(CUDA) cargo clippy --all-targets --features cuda-emulator,python -- -D warnings
+
 fmt: $(VENV)/.ready ## Format all code
 	cargo fmt
 	$(BIN)/ruff format .
@@ -73,5 +91,8 @@ bench: ## Kernel, decoder and scheduler benches
 wheel: $(VENV)/.ready ## Build the release wheel into dist/
 	$(BIN)/maturin build --release --out dist
 
+wheel-cuda: $(VENV)/.ready $(CUDA_HOME)/bin/nvcc ## Build the release wheel for CPU and NVIDIA GPUs into dist/
+	$(CUDA) $(BIN)/maturin build --release --features cuda --out dist
+
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) $(VENV)-conformance $(VENV)-ray dist site target
+	rm -rf $(VENV) $(VENV)-conformance $(VENV)-ray $(VENV)-cuda dist site target

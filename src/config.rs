@@ -47,6 +47,32 @@ impl DType {
     }
 }
 
+/// Where a model runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DeviceChoice {
+    /// The first GPU if it can be used, else the CPU.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// The first GPU, or an error.
+    Cuda,
+}
+
+impl DeviceChoice {
+    /// Parses `auto`, `cpu` or `cuda`.
+    pub fn parse(name: &str) -> Result<Self> {
+        match name {
+            "auto" => Ok(Self::Auto),
+            "cpu" => Ok(Self::Cpu),
+            "cuda" => Ok(Self::Cuda),
+            other => Err(Error::invalid(format!(
+                "device must be one of auto, cpu, cuda; given: {other:?}"
+            ))),
+        }
+    }
+}
+
 /// Limits that the scheduler and the cache work within.
 #[derive(Debug, Clone)]
 pub struct EngineConfig {

@@ -2,17 +2,17 @@
 
 use candle_core::Tensor;
 
-use crate::backend::{Backend, Batch, Linear};
+use crate::backend::{Backend, Batch, Linear, Table};
 use crate::cache::pool::KvPool;
 use crate::error::Result;
 use crate::layers::{Attention, Builder, Mlp, rope_tables};
 use crate::spec::ModelSpec;
-use crate::weights::{StoredTensor, Weights};
+use crate::weights::Weights;
 
 /// A pre-norm decoder, packed for its device.
 #[derive(Debug)]
 pub struct Decoder {
-    embed: StoredTensor,
+    embed: Table,
     layers: Vec<Layer>,
     norm: Tensor,
     lm_head: Linear,
@@ -39,17 +39,17 @@ impl Decoder {
         let rope =
             rope_tables(&spec.rope, spec.attention.head_dim, max_positions, backend.device())?;
         let mut builder = Builder { weights: &mut weights, backend };
-        let embed = builder.table("embed.weight", spec.vocab_size, spec.hidden_size)?;
+        let (vocab, hidden) = (spec.vocab_size, spec.hidden_size);
+        let embed = backend.table(builder.matrix("embed.weight", vocab, hidden)?)?;
         let layers = (0..spec.num_layers)
             .map(|layer| Layer::load(&mut builder, spec, layer, &rope))
             .collect::<Result<_>>()?;
         let norm = builder.vector("norm.weight", spec.hidden_size)?;
-        let head = if spec.tie_embeddings {
-            embed.clone()
+        let lm_head = if spec.tie_embeddings {
+            backend.tied(&embed)?
         } else {
-            builder.table("lm_head.weight", spec.vocab_size, spec.hidden_size)?
+            backend.pack(&[builder.matrix("lm_head.weight", vocab, hidden)?], None)?
         };
-        let lm_head = backend.pack(&[head], None)?;
         weights.finish()?;
         Ok(Self { embed, layers, norm, lm_head, norm_eps: spec.norm_eps })
     }
@@ -87,7 +87,7 @@ impl Decoder {
             let next = self.layers.get(index + 1).map_or(&self.norm, |next| &next.attn_norm);
             x = backend.add_rms_norm(&residual, &fed, next, eps)?;
         }
-        backend.linear(&x, &self.lm_head).map(Some)
+        backend.logits(&x, &self.lm_head).map(Some)
     }
 }
 

@@ -117,7 +117,10 @@ impl From<std::io::Error> for Error {
 /// candle fails only where our own shapes are wrong or the device does.
 impl From<candle_core::Error> for Error {
     fn from(error: candle_core::Error) -> Self {
-        Self::new(ErrorKind::Device, error.to_string())
+        match error {
+            candle_core::Error::WithBacktrace { inner, .. } => Self::from(*inner),
+            error => Self::new(ErrorKind::Device, error.to_string()),
+        }
     }
 }
 

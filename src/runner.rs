@@ -1,6 +1,6 @@
 //! [`Runner`]: a [`Step`] → packed batch → [`Decoder`] → logits rows.
 
-use crate::backend::{Backend, Batch, Heads, Run};
+use crate::backend::{Backend, Batch, CacheBudget, Heads, Run};
 use crate::cache::pool::KvPool;
 use crate::checkpoint::Checkpoint;
 use crate::config::BLOCK_SIZE;
@@ -9,8 +9,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::spec::ModelSpec;
 use crate::step::{Forward, LogitRows, Logits, Step};
 
-/// Bytes of KV cache when the caller names no size.
-const DEFAULT_CACHE_BYTES: usize = 2 << 30;
+/// Share of a GPU's memory that an engine takes when the caller names none.
+const GPU_MEMORY_UTILIZATION: f64 = 0.9;
 
 /// How long sequences may be and how many tokens the cache holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,8 +21,7 @@ pub struct Capacity {
     pub num_blocks: usize,
 }
 
-/// What the caller asked for; `None` lets the model and a cache of 2 GiB, or half of a smaller memory,
-/// decide.
+/// What the caller asked for; `None` lets the model and the device's memory decide.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct CapacityRequest {
     /// Longest sequence, in tokens.
@@ -31,18 +30,21 @@ pub struct CapacityRequest {
     pub kv_cache_tokens: Option<usize>,
     /// Most sequences at once: the cache need not hold more than these at full length.
     pub max_num_seqs: usize,
+    /// Most tokens computed in one step.
+    pub max_num_batched_tokens: usize,
+    /// Share of a GPU's memory for weights, cache and activations, of all that it has.
+    pub gpu_memory_utilization: Option<f64>,
 }
 
 impl CapacityRequest {
-    /// Settles both sizes for a model whose cached token takes `bytes_per_token`, on a device with
-    /// `memory` bytes.
+    /// Settles both sizes for a model whose cached token takes `bytes_per_token`.
     ///
     /// Without `max_model_len` sequences may be as long as the model allows and the cache holds.
     pub fn resolve(
         &self,
         spec: &ModelSpec,
         bytes_per_token: usize,
-        memory: usize,
+        budget: CacheBudget,
     ) -> Result<Capacity> {
         for (name, value) in
             [("max_model_len", self.max_model_len), ("kv_cache_tokens", self.kv_cache_tokens)]
@@ -57,18 +59,26 @@ impl CapacityRequest {
                 spec.max_positions
             )));
         }
+        if let Some(share) =
+            self.gpu_memory_utilization.filter(|&share| !(share > 0.0 && share <= 1.0))
+        {
+            return Err(Error::invalid(format!(
+                "gpu_memory_utilization must be above 0 and at most 1; given: {share}"
+            )));
+        }
         let wanted = self.max_model_len.unwrap_or(spec.max_positions);
         let tokens = self.kv_cache_tokens.unwrap_or_else(|| {
-            (DEFAULT_CACHE_BYTES.min(memory / 2) / bytes_per_token.max(1))
+            (budget.usual / bytes_per_token.max(1))
                 .min(self.max_num_seqs.saturating_mul(wanted))
                 .max(self.max_model_len.unwrap_or(BLOCK_SIZE))
         });
-        if tokens > memory / bytes_per_token.max(1) {
+        if tokens > budget.most / bytes_per_token.max(1) {
             return Err(Error::new(
                 ErrorKind::OutOfMemory,
                 format!(
                     "a KV cache of {tokens} tokens needs {bytes_per_token} bytes for each, more than \
-                     the {memory} bytes of memory; lower kv_cache_tokens or max_model_len"
+                     the {} bytes of memory for it; lower kv_cache_tokens or max_model_len",
+                    budget.most
                 ),
             ));
         }
@@ -81,9 +91,9 @@ impl CapacityRequest {
 /// A decoder with its cache.
 #[derive(Debug)]
 pub struct Runner {
-    backend: Backend,
     decoder: Decoder,
     kv: KvPool,
+    backend: Backend,
     vocab_size: usize,
 }
 
@@ -101,8 +111,13 @@ impl Runner {
             head_dim: spec.attention.head_dim,
         };
         let bytes_per_token = spec.num_layers * backend.kv_bytes_per_token(heads);
-        let memory = backend.memory_bytes().unwrap_or(isize::MAX as usize);
-        let capacity = request.resolve(&spec, bytes_per_token, memory)?;
+        let budget = backend.cache_budget(
+            request.gpu_memory_utilization.unwrap_or(GPU_MEMORY_UTILIZATION),
+            weights.num_elements(),
+            request.max_num_batched_tokens * spec.activations_per_token()
+                + request.max_num_seqs * 2 * spec.vocab_size,
+        )?;
+        let capacity = request.resolve(&spec, bytes_per_token, budget)?;
         let max_positions = capacity.max_model_len.min(capacity.num_blocks * BLOCK_SIZE + 1);
         let decoder = Decoder::load(&spec, weights, &backend, max_positions)?;
         let kv = KvPool::new(&backend, spec.num_layers, capacity.num_blocks, heads)?;
@@ -142,7 +157,7 @@ mod tests {
     use super::*;
     use crate::spec::{Activation, AttentionSpec, MlpSpec, RopePairing, RopeScaling, RopeSpec};
 
-    const MEMORY: usize = 16 << 30;
+    const BUDGET: CacheBudget = CacheBudget { usual: 2 << 30, most: 16 << 30 };
 
     fn resolve(request: CapacityRequest, bytes_per_token: usize) -> Result<(usize, usize)> {
         let rope = RopeSpec {
@@ -161,12 +176,12 @@ mod tests {
             mlp: MlpSpec { intermediate_size: 8, activation: Activation::Silu, bias: false },
             tie_embeddings: true,
         };
-        let capacity = request.resolve(&spec, bytes_per_token, MEMORY)?;
+        let capacity = request.resolve(&spec, bytes_per_token, BUDGET)?;
         Ok((capacity.max_model_len, capacity.num_blocks))
     }
 
     fn request(max_model_len: Option<usize>, kv_cache_tokens: Option<usize>) -> CapacityRequest {
-        CapacityRequest { max_model_len, kv_cache_tokens, max_num_seqs: 2 }
+        CapacityRequest { max_model_len, kv_cache_tokens, max_num_seqs: 2, ..Default::default() }
     }
 
     #[test]

@@ -35,6 +35,15 @@ pub const MAX_LAYERS: usize = 10_000;
 const MAX_HEAD_DIM: usize = 4096;
 
 impl ModelSpec {
+    /// Numbers that one token of a step takes beside the cache, at most: the residual stream, its norm,
+    /// the merged projections and what comes out of them.
+    #[must_use]
+    pub fn activations_per_token(&self) -> usize {
+        let attention = &self.attention;
+        let heads = 3 * attention.num_heads + 2 * attention.num_kv_heads;
+        4 * self.hidden_size + heads * attention.head_dim + 3 * self.mlp.intermediate_size
+    }
+
     /// Checks what the parts must satisfy together; the forward pass relies on it.
     pub fn validate(&self) -> Result<()> {
         let ensure = |holds: bool, message: &dyn Fn() -> String| {

@@ -185,6 +185,12 @@ impl Weights {
         self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor))
     }
 
+    /// Numbers of all tensors that were not taken yet.
+    #[must_use]
+    pub fn num_elements(&self) -> usize {
+        self.tensors.values().map(|tensor| tensor.rows() * tensor.cols()).sum()
+    }
+
     fn error(&self, message: impl Into<String>) -> Error {
         let error = Error::checkpoint(message);
         match &self.source {

@@ -63,7 +63,7 @@ fn linear_matches_the_reference() {
                     let weight = stored(&mut random, &[out, cols], encoding);
                     let plain = values(&backend.vector(&weight).unwrap());
                     let bias = random.floats(out);
-                    let packed = backend.pack(&[weight], Some(tensor(&bias, &[out]))).unwrap();
+                    let packed = backend.pack(&[weight], Some(bias.clone())).unwrap();
                     for rows in [1, 3, 13, 29] {
                         let x = random.floats(rows * cols);
                         let got = backend.linear(&tensor(&x, &[rows, cols]), &packed).unwrap();
@@ -168,6 +168,7 @@ fn threads_do_not_change_results() {
                 positions: vec![1199],
                 runs: vec![astrai_rs::backend::Run { rows: 0..1, blocks: 0..75 }],
                 blocks: batch.blocks.clone(),
+                ..Batch::default()
             };
             let op = AttentionOp { scale: 0.2, window: None };
             let query = qkv.narrow(0, 1199, 1).unwrap();
@@ -242,8 +243,9 @@ fn embedding_and_gather_pick_rows() {
     let mut random = Random::new(8);
     let backend = Backend::cpu(Some(2), DType::Auto).unwrap();
     for encoding in ENCODINGS {
-        let table = stored(&mut random, &[9, 64], encoding);
-        let all = backend.vector(&table).unwrap();
+        let stored = stored(&mut random, &[9, 64], encoding);
+        let all = backend.vector(&stored).unwrap();
+        let table = backend.table(stored).unwrap();
         let got = backend.embedding(&table, &[8, 0, 8]).unwrap();
         assert_eq!(bits(&got), bits(&backend.gather_rows(&all, &[8, 0, 8]).unwrap()));
         assert_eq!(values(&got)[..64], values(&all)[8 * 64..]);

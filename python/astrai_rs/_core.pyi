@@ -75,6 +75,7 @@ class Engine:
         max_model_len: int | None = None,
         max_num_seqs: int = 256,
         max_num_batched_tokens: int = 2048,
+        gpu_memory_utilization: float = 0.9,
         kv_cache_tokens: int | None = None,
         enable_prefix_caching: bool = True,
         num_threads: int | None = None,

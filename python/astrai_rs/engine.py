@@ -46,7 +46,7 @@ class Engine:
         model: a folder, a `.gguf` file, or a hub id (`owner/name`, `owner/name:Q4_K_M`).
         tokenizer: None takes the model's own; else a path, an `AutoTokenizer`, or any object with `encode`
             and `decode`, such as one of transformers. A model without tokenizer serves token ids only.
-        device: `auto`, `cpu` or `cuda`.
+        device: `auto` (the first GPU if it can be used, else the CPU), `cpu` or `cuda`.
         dtype: `auto` (the fastest form that keeps quality), `bfloat16`, `float16`, or `float32` (exact
             everywhere).
         max_model_len: the most tokens of prompt and output together; None takes the model's own.
@@ -54,6 +54,7 @@ class Engine:
         max_num_batched_tokens: the most tokens in one step; longer prompts are computed in chunks.
         kv_cache_tokens: size of the cache in tokens; None derives it from memory.
         enable_prefix_caching: reuse the cache of equal beginnings of prompts.
+        gpu_memory_utilization: share of a GPU's memory for weights, cache and activations.
         num_threads: CPU threads; None takes the CPUs that the process may use.
         seed: seeds requests that bring none.
 
@@ -76,6 +77,7 @@ class Engine:
         max_num_batched_tokens: int = 2048,
         kv_cache_tokens: int | None = None,
         enable_prefix_caching: bool = True,
+        gpu_memory_utilization: float = 0.9,
         num_threads: int | None = None,
         seed: int | None = None,
     ) -> None:
@@ -95,6 +97,7 @@ class Engine:
             max_num_batched_tokens=max_num_batched_tokens,
             kv_cache_tokens=kv_cache_tokens,
             enable_prefix_caching=enable_prefix_caching,
+            gpu_memory_utilization=gpu_memory_utilization,
             num_threads=num_threads,
             seed=seed,
             eos_token_ids=stop_ids,

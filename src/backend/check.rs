@@ -6,26 +6,29 @@ use super::{Batch, Heads, LayerKv, RopeOp};
 use crate::config::BLOCK_SIZE;
 use crate::error::{Error, Result};
 use crate::spec::QkNorm;
+use crate::weights::StoredTensor;
 
-/// Number of rows of an f32 tensor `[rows, width]`; any width of at least one when `None`.
-pub(super) fn rows(name: &str, x: &Tensor, width: Option<usize>) -> Result<usize> {
+/// Number of rows of a tensor `[rows, width]`; any width of at least one when `None`.
+pub(super) fn rows(name: &str, x: &Tensor, width: Option<usize>, dtype: DType) -> Result<usize> {
     let wanted = width.map_or("width".into(), |width| width.to_string());
     let dims = x.dims();
     let fits = dims.len() == 2 && dims[1] > 0 && width.is_none_or(|width| dims[1] == width);
-    if !fits || x.dtype() != DType::F32 || !x.is_contiguous() {
+    if !fits || x.dtype() != dtype || !x.is_contiguous() {
         return Err(Error::bug(format!(
-            "`{name}` must be contiguous f32 [tokens, {wanted}]; given: {}",
+            "`{name}` must be contiguous {} [tokens, {wanted}]; given: {}",
+            dtype.as_str(),
             describe(x)
         )));
     }
     Ok(dims[0])
 }
 
-/// A contiguous f32 tensor of exactly this shape.
-pub(super) fn shape(name: &str, x: &Tensor, shape: &[usize]) -> Result<()> {
-    if x.dims() != shape || x.dtype() != DType::F32 || !x.is_contiguous() {
+/// A contiguous tensor of exactly this shape.
+pub(super) fn shape(name: &str, x: &Tensor, shape: &[usize], dtype: DType) -> Result<()> {
+    if x.dims() != shape || x.dtype() != dtype || !x.is_contiguous() {
         return Err(Error::bug(format!(
-            "`{name}` must be contiguous f32 {shape:?}; given: {}",
+            "`{name}` must be contiguous {} {shape:?}; given: {}",
+            dtype.as_str(),
             describe(x)
         )));
     }
@@ -35,6 +38,23 @@ pub(super) fn shape(name: &str, x: &Tensor, shape: &[usize]) -> Result<()> {
 fn describe(x: &Tensor) -> String {
     let order = if x.is_contiguous() { "contiguous" } else { "strided" };
     format!("{order} {} {:?}", x.dtype().as_str(), x.dims())
+}
+
+/// Matrices of one width; returns the rows of all.
+pub(super) fn parts(parts: &[StoredTensor]) -> Result<usize> {
+    let cols = parts.first().map_or(0, StoredTensor::cols);
+    for part in parts {
+        if part.shape.len() != 2 || part.rows() == 0 || cols == 0 || part.cols() != cols {
+            return Err(Error::checkpoint(format!(
+                "tensor `{}` must be a matrix [out, {cols}]; given: {:?}",
+                part.name, part.shape
+            )));
+        }
+    }
+    if parts.is_empty() {
+        return Err(Error::bug("a projection needs at least one matrix"));
+    }
+    Ok(parts.iter().map(StoredTensor::rows).sum())
 }
 
 /// Head counts that divide.
@@ -50,9 +70,9 @@ pub(super) fn heads(heads: Heads) -> Result<()> {
 }
 
 /// The merged projection is wide enough for its heads; returns its rows.
-pub(super) fn qkv(x: &Tensor, given: Heads) -> Result<usize> {
+pub(super) fn qkv(x: &Tensor, given: Heads, dtype: DType) -> Result<usize> {
     heads(given)?;
-    let count = rows("qkv", x, None)?;
+    let count = rows("qkv", x, None, dtype)?;
     let wanted = (given.num_heads + 2 * given.num_kv_heads) * given.head_dim;
     if x.dims()[1] < wanted {
         return Err(Error::bug(format!(
@@ -120,8 +140,8 @@ pub(super) fn batch(batch: &Batch, rows: usize, num_blocks: usize) -> Result<()>
 /// The tables reach the positions, and the norm weights are those that `qk_norm` needs.
 pub(super) fn rope(op: &RopeOp, heads: Heads, positions: &[u32]) -> Result<()> {
     let half = heads.head_dim / 2;
-    let reach = rows("cos", &op.cos, Some(half))?;
-    shape("sin", &op.sin, &[reach, half])?;
+    let reach = rows("cos", &op.cos, Some(half), DType::F32)?;
+    shape("sin", &op.sin, &[reach, half], DType::F32)?;
     if let Some(&position) = positions.iter().find(|&&position| position as usize >= reach) {
         return Err(Error::bug(format!(
             "position {position} is beyond the {reach} of the rope table"
@@ -129,7 +149,7 @@ pub(super) fn rope(op: &RopeOp, heads: Heads, positions: &[u32]) -> Result<()> {
     }
     for (name, norm) in [("q_norm", &op.q_norm), ("k_norm", &op.k_norm)] {
         match norm {
-            Some(weight) => shape(name, weight, &[heads.head_dim])?,
+            Some(weight) => shape(name, weight, &[heads.head_dim], DType::F32)?,
             None if op.qk_norm == QkNorm::None => {}
             None => {
                 return Err(Error::bug(format!("`{name}` is missing for {:?}", op.qk_norm)));

@@ -1,21 +1,23 @@
-//! The ops as candle custom ops: storage in, kernel, storage out. A CUDA version of an op is its
-//! `cuda_fwd`. Shapes have been checked by the methods of [`super::Backend`].
+//! The CPU's ops as candle custom ops: storage in, kernel, storage out. Shapes have been checked by the
+//! methods of [`super::Backend`].
 
 use std::cell::RefCell;
 
 use candle_core::{
-    CpuStorage, CustomOp1, CustomOp2, InplaceOp1, InplaceOp2, InplaceOp3, Layout, Shape,
+    CpuStorage, CustomOp1, CustomOp2, InplaceOp1, InplaceOp2, InplaceOp3, Layout, Shape, Storage,
+    Tensor,
 };
 use half::{bf16, f16};
 
 use super::cpu::{self, Attention, Cpu, Packed};
-use super::{AttentionOp, Batch, Heads};
-use crate::error::Error;
+use super::{AttentionOp, Batch, Heads, LayerKv, RopeOp};
+use crate::error::{Error, Result};
+use crate::spec::QkNorm;
 
 type CandleResult<T> = candle_core::Result<T>;
 
 /// The numbers of a contiguous f32 tensor.
-pub(super) fn floats<'a>(storage: &'a CpuStorage, layout: &Layout) -> CandleResult<&'a [f32]> {
+fn floats<'a>(storage: &'a CpuStorage, layout: &Layout) -> CandleResult<&'a [f32]> {
     let (start, end) = contiguous(layout)?;
     Ok(&storage.as_slice::<f32>()?[start..end])
 }
@@ -164,7 +166,39 @@ impl InplaceOp2 for SigmoidGate<'_> {
     }
 }
 
-pub(super) struct Rope<'a> {
+/// As [`super::Backend::rope_and_cache`].
+pub(super) fn rope_and_cache(
+    cpu: &Cpu,
+    qkv: &Tensor,
+    heads: Heads,
+    op: &RopeOp,
+    kv: &LayerKv,
+    batch: &Batch,
+) -> Result<()> {
+    let tables = [&op.cos, &op.sin].map(Tensor::storage_and_layout);
+    let [cos, sin] = [numbers(&tables[0].0, tables[0].1)?, numbers(&tables[1].0, tables[1].1)?];
+    let norms = op.q_norm.as_ref().zip(op.k_norm.as_ref()).filter(|_| op.qk_norm != QkNorm::None);
+    let norms = norms.map(|(q, k)| [q.storage_and_layout(), k.storage_and_layout()]);
+    let norms = match &norms {
+        Some([q, k]) => Some([numbers(&q.0, q.1)?, numbers(&k.0, k.1)?]),
+        None => None,
+    };
+    let RopeOp { pairing, qk_norm, eps, .. } = *op;
+    let op = cpu::Rope { heads, cos, sin, pairing, qk_norm, norms, eps };
+    qkv.inplace_op1(&Rope { cpu, op, positions: &batch.positions })?;
+    kv.pages.inplace_op2(qkv, &WritePages { cpu, heads, batch })?;
+    Ok(())
+}
+
+/// The numbers of a contiguous f32 tensor on the CPU.
+fn numbers<'a>(storage: &'a Storage, layout: &Layout) -> Result<&'a [f32]> {
+    match storage {
+        Storage::Cpu(values) => Ok(floats(values, layout)?),
+        _ => Err(Error::bug("a tensor is on another device than the backend")),
+    }
+}
+
+struct Rope<'a> {
     pub(super) cpu: &'a Cpu,
     pub(super) op: cpu::Rope<'a>,
     pub(super) positions: &'a [u32],
@@ -182,7 +216,7 @@ impl InplaceOp1 for Rope<'_> {
     }
 }
 
-pub(super) struct WritePages<'a> {
+struct WritePages<'a> {
     pub(super) cpu: &'a Cpu,
     pub(super) heads: Heads,
     pub(super) batch: &'a Batch,

@@ -6,7 +6,7 @@ use half::{bf16, f16};
 use super::{AttentionOp, Batch, Heads};
 use crate::config::BLOCK_SIZE;
 use crate::spec::{Activation, QkNorm, RopePairing};
-use crate::weights::Encoding;
+use crate::weights::{Encoding, StoredTensor};
 
 /// The numbers of `bytes`, which hold exactly `out.len()` of them in whole blocks.
 ///
@@ -38,6 +38,14 @@ pub fn dequantize(encoding: Encoding, bytes: &[u8], out: &mut [f32]) {
             }
         }
     }
+}
+
+/// The numbers of a stored tensor.
+#[must_use]
+pub fn numbers(stored: &StoredTensor) -> Vec<f32> {
+    let mut numbers = vec![0.0; stored.shape.iter().product()];
+    dequantize(stored.encoding, stored.data.as_slice(), &mut numbers);
+    numbers
 }
 
 fn half_at(block: &[u8], at: usize) -> f32 {

@@ -1,7 +1,8 @@
 //! [`Builder`]: takes tensors by canonical name and packs them for the device.
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 
+use crate::backend::reference::numbers;
 use crate::backend::{Backend, Linear};
 use crate::error::Result;
 use crate::weights::{StoredTensor, Weights};
@@ -28,7 +29,7 @@ pub(super) struct Part {
 
 impl Builder<'_> {
     /// The stored matrix `name`, `[rows, cols]`, unpacked.
-    pub fn table(&mut self, name: &str, rows: usize, cols: usize) -> Result<StoredTensor> {
+    pub fn matrix(&mut self, name: &str, rows: usize, cols: usize) -> Result<StoredTensor> {
         self.weights.take(name, &[rows, cols])
     }
 
@@ -42,25 +43,26 @@ impl Builder<'_> {
     pub(super) fn projection(&mut self, parts: &[Part], in_features: usize) -> Result<Linear> {
         let mut stored = Vec::with_capacity(parts.len());
         for part in parts {
-            stored.push(self.table(&format!("{}.weight", part.name), part.out, in_features)?);
+            stored.push(self.matrix(&format!("{}.weight", part.name), part.out, in_features)?);
         }
         let bias = self.bias(parts)?;
         self.backend.pack(&stored, bias)
     }
 
     /// The biases of `parts` end to end (zeros for a part without one), or `None` when no part has one.
-    fn bias(&mut self, parts: &[Part]) -> Result<Option<Tensor>> {
+    fn bias(&mut self, parts: &[Part]) -> Result<Option<Vec<f32>>> {
         if !parts.iter().any(|part| part.bias) {
             return Ok(None);
         }
-        let mut biases = Vec::with_capacity(parts.len());
+        let mut biases = Vec::with_capacity(parts.iter().map(|part| part.out).sum());
         for part in parts {
-            biases.push(if part.bias {
-                self.vector(&format!("{}.bias", part.name), part.out)?
+            if part.bias {
+                let stored = self.weights.take(&format!("{}.bias", part.name), &[part.out])?;
+                biases.extend(numbers(&stored));
             } else {
-                Tensor::zeros(part.out, DType::F32, self.backend.device())?
-            });
+                biases.resize(biases.len() + part.out, 0.0);
+            }
         }
-        Ok(Some(Tensor::cat(&biases, 0)?))
+        Ok(Some(biases))
     }
 }

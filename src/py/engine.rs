@@ -38,11 +38,11 @@ impl Engine {
         py.detach(|| {
             let dtype = options.dtype.name();
             let backend = options.backend()?;
-            let num_threads = backend.num_threads();
+            let (device, num_threads) = (backend.device_name(), backend.num_threads());
             #[expect(clippy::redundant_closure_for_method_calls, reason = "of every lifetime")]
             let signals = || Python::attach(|py| py.check_signals());
             let handle = EngineHandle::start(move || options.load(&path, backend), signals)?;
-            Ok(Self { handle, device: "cpu", dtype, num_threads })
+            Ok(Self { handle, device, dtype, num_threads })
         })
     }
 

@@ -9,20 +9,17 @@ use pyo3::types::{PyBool, PyDict, PyInt};
 
 use crate::backend::Backend;
 use crate::checkpoint;
-use crate::config::{DType, EngineConfig};
-use crate::error::{Error, Result};
+use crate::config::{DType, DeviceChoice, EngineConfig};
+use crate::error::Result;
 use crate::runner::{CapacityRequest, Runner};
 use crate::sampler::SamplingOptions;
-
-/// On a CPU a step of so many tokens takes a few times as long as one of a single token.
-const PREFILL_BESIDE_DECODE: usize = 32;
 
 /// The keyword arguments of `Engine`, checked as far as that is possible without the model.
 #[derive(Debug)]
 pub(super) struct EngineOptions {
+    device: DeviceChoice,
     pub(super) dtype: DType,
     capacity: CapacityRequest,
-    max_num_batched_tokens: usize,
     enable_prefix_caching: bool,
     num_threads: Option<usize>,
     seed: Option<u64>,
@@ -32,9 +29,13 @@ pub(super) struct EngineOptions {
 impl EngineOptions {
     pub(super) fn read(fields: Option<&Bound<'_, PyDict>>) -> PyResult<Self> {
         let mut options = Self {
+            device: DeviceChoice::Auto,
             dtype: DType::Auto,
-            capacity: CapacityRequest { max_num_seqs: 256, ..CapacityRequest::default() },
-            max_num_batched_tokens: 2048,
+            capacity: CapacityRequest {
+                max_num_seqs: 256,
+                max_num_batched_tokens: 2048,
+                ..CapacityRequest::default()
+            },
             enable_prefix_caching: true,
             num_threads: None,
             seed: None,
@@ -48,11 +49,16 @@ impl EngineOptions {
 
     fn set(&mut self, name: &str, value: &Bound<'_, PyAny>) -> PyResult<()> {
         match name {
-            "device" => check_device(&read::<String>(name, value)?)?,
+            "device" => self.device = DeviceChoice::parse(&read::<String>(name, value)?)?,
             "dtype" => self.dtype = DType::parse(&read::<String>(name, value)?)?,
             "max_model_len" => self.capacity.max_model_len = optional(name, value, count)?,
             "max_num_seqs" => self.capacity.max_num_seqs = count(name, value)?,
-            "max_num_batched_tokens" => self.max_num_batched_tokens = count(name, value)?,
+            "max_num_batched_tokens" => {
+                self.capacity.max_num_batched_tokens = count(name, value)?;
+            }
+            "gpu_memory_utilization" => {
+                self.capacity.gpu_memory_utilization = optional(name, value, float)?;
+            }
             "kv_cache_tokens" => self.capacity.kv_cache_tokens = optional(name, value, count)?,
             "enable_prefix_caching" => self.enable_prefix_caching = read(name, value)?,
             "num_threads" => self.num_threads = optional(name, value, count)?,
@@ -64,19 +70,20 @@ impl EngineOptions {
     }
 
     pub(super) fn backend(&self) -> Result<Backend> {
-        Backend::cpu(self.num_threads, self.dtype)
+        Backend::open(self.device, self.num_threads, self.dtype)
     }
 
     /// Loads the model for the engine thread.
     pub(super) fn load(self, path: &Path, backend: Backend) -> Result<(Runner, EngineConfig)> {
         let checkpoint = checkpoint::load(path)?;
         let vocab_size = checkpoint.spec.vocab_size;
+        let prefill_beside_decode = backend.prefill_beside_decode();
         let (runner, capacity) = Runner::load(checkpoint, backend, &self.capacity)?;
         let config = EngineConfig {
             max_model_len: capacity.max_model_len,
             max_num_seqs: self.capacity.max_num_seqs,
-            max_num_batched_tokens: self.max_num_batched_tokens,
-            prefill_beside_decode: PREFILL_BESIDE_DECODE,
+            max_num_batched_tokens: self.capacity.max_num_batched_tokens,
+            prefill_beside_decode,
             num_blocks: capacity.num_blocks,
             enable_prefix_caching: self.enable_prefix_caching,
             seed: self.seed.unwrap_or_else(random_seed),
@@ -87,16 +94,8 @@ impl EngineOptions {
     }
 }
 
-fn check_device(device: &str) -> Result<()> {
-    match device {
-        "auto" | "cpu" => Ok(()),
-        "cuda" => Err(Error::unsupported(
-            "device \"cuda\": this build has no CUDA; use \"cpu\" or \"auto\"",
-        )),
-        _ => {
-            Err(Error::invalid(format!("device must be one of auto, cpu, cuda; given: {device:?}")))
-        }
-    }
+fn float(name: &str, value: &Bound<'_, PyAny>) -> PyResult<f64> {
+    read(name, value)
 }
 
 /// A seed that differs from engine to engine: the standard library keys its hasher from the system.

@@ -1,4 +1,6 @@
-//! Random inputs, stored tensors and comparisons for `tests/backend.rs`.
+//! Random inputs, stored tensors and comparisons for the tests of ops.
+
+#![allow(dead_code)] // Each test takes what it needs.
 
 use std::ops::Range;
 use std::sync::Arc;

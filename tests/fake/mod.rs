@@ -222,7 +222,7 @@ pub fn collect(outputs: &mut Outputs, events: Vec<Event>) {
 }
 
 /// Steps until nothing is left, checking the books each time.
-pub fn run(engine: &mut Engine<Fake>) -> Outputs {
+pub fn run<F: Forward>(engine: &mut Engine<F>) -> Outputs {
     let mut outputs = Outputs::new();
     let mut steps = 0;
     while engine.has_work() {

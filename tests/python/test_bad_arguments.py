@@ -32,6 +32,11 @@ ENGINE = [
     ({"max_model_len": 1.5}, TypeError, "max_model_len must be an integer; given: 1.5"),
     ({"max_num_seqs": 0}, ValueError, "max_num_seqs must be at least 1; given: 0"),
     ({"max_num_seqs": None}, TypeError, "max_num_seqs must be an integer; given: None"),
+    (
+        {"gpu_memory_utilization": 1.5},
+        ValueError,
+        "gpu_memory_utilization must be above 0 and at most 1; given: 1.5",
+    ),
     ({"max_num_batched_tokens": -3}, ValueError, "max_num_batched_tokens must be at least 1; given: -3"),
     ({"kv_cache_tokens": 10**13}, MemoryError, "a KV cache of 10000000000000 tokens needs"),
     ({"kv_cache_tokens": 0}, ValueError, "kv_cache_tokens must be at least 1; given: 0"),

@@ -1,0 +1,495 @@
+// The emulated device: memory with bounds and lifetimes, blocks of fibers.
+#include "device.h"
+
+#include <csignal>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <sys/mman.h>
+#include <unistd.h>
+#include <unordered_map>
+
+// Saves the callee's registers on the stack, leaves the stack pointer in *from and goes on at `to`.
+extern "C" void emulated_switch(void **from, void *to);
+asm(R"(
+.text
+.globl emulated_switch
+.hidden emulated_switch
+emulated_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+)");
+
+namespace emulated {
+
+Thread *thread;
+dim3 block_index, block_size, grid_size;
+
+// ---------------------------------------------------------------- memory
+
+namespace {
+
+constexpr size_t ALIGNMENT = 16;  // less than a GPU's 256, so that little lies between an end and its page's
+constexpr unsigned char CANARY = 0xa5;
+constexpr unsigned char UNINITIALISED = 0xff;  // NaN in every float type
+
+struct Allocation {
+    size_t bytes;
+    char *pages;
+    size_t page_bytes;
+    bool live;
+};
+
+std::mutex memory_lock;
+std::map<uintptr_t, Allocation> allocations;
+size_t live_bytes = 0;
+
+size_t pages_for(size_t bytes) {
+    const size_t page = sysconf(_SC_PAGESIZE);
+    return (bytes + page - 1) / page * page;
+}
+
+bool canaries_intact(uintptr_t start, const Allocation &allocation) {
+    const unsigned char *end = reinterpret_cast<unsigned char *>(allocation.pages + allocation.page_bytes);
+    for (const unsigned char *at = reinterpret_cast<unsigned char *>(start) + allocation.bytes; at < end; at++)
+        if (*at != CANARY) return false;
+    return true;
+}
+
+}  // namespace
+
+void *allocate(size_t bytes) {
+    const size_t size = std::max<size_t>(bytes, 1), used = (size + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    const size_t page_bytes = pages_for(used), guard = pages_for(1);
+    char *mapped = static_cast<char *>(mmap(nullptr, page_bytes + 2 * guard, PROT_NONE,
+                                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    if (mapped == MAP_FAILED) return nullptr;
+    char *pages = mapped + guard;
+    mprotect(pages, page_bytes, PROT_READ | PROT_WRITE);
+    char *start = pages + page_bytes - used;
+    // Large allocations keep the system's untouched zeros: filling them would commit them.
+    if (size <= 1 << 20) memset(start, UNINITIALISED, size);
+    memset(start + size, CANARY, used - size);
+    std::lock_guard<std::mutex> lock(memory_lock);
+    allocations[reinterpret_cast<uintptr_t>(start)] = {size, pages, page_bytes, true};
+    live_bytes += size;
+    return start;
+}
+
+bool release(void *start, std::string &report) {
+    std::lock_guard<std::mutex> lock(memory_lock);
+    const auto found = allocations.find(reinterpret_cast<uintptr_t>(start));
+    if (found == allocations.end() || !found->second.live) {
+        report = found == allocations.end() ? "free of what was never allocated" : "double free";
+        return false;
+    }
+    const bool intact = canaries_intact(found->first, found->second);
+    if (!intact) report = "a write past the end of an allocation of " + std::to_string(found->second.bytes) + " bytes";
+    mprotect(found->second.pages, found->second.page_bytes, PROT_NONE);
+    madvise(found->second.pages, found->second.page_bytes, MADV_DONTNEED);
+    found->second.live = false;
+    live_bytes -= found->second.bytes;
+    return intact;
+}
+
+bool is_device_memory(const void *address, size_t bytes) {
+    std::lock_guard<std::mutex> lock(memory_lock);
+    auto after = allocations.upper_bound(reinterpret_cast<uintptr_t>(address));
+    if (after == allocations.begin()) return false;
+    const auto &[start, allocation] = *--after;
+    const uintptr_t at = reinterpret_cast<uintptr_t>(address);
+    return allocation.live && at + bytes <= start + allocation.bytes;
+}
+
+std::string describe(const void *address) {
+    const uintptr_t at = reinterpret_cast<uintptr_t>(address);
+    std::string best = "no device memory";
+    const size_t guard = pages_for(1);
+    for (const auto &[start, allocation] : allocations) {
+        const uintptr_t pages = reinterpret_cast<uintptr_t>(allocation.pages);
+        if (at < pages - guard || at >= pages + allocation.page_bytes + guard) continue;
+        const std::string size = std::to_string(allocation.bytes) + " bytes";
+        if (!allocation.live) return "freed memory (it was an allocation of " + size + ")";
+        best = at < start ? "before an allocation of " + size : "past the end of an allocation of " + size;
+    }
+    return best;
+}
+
+size_t allocated_bytes() {
+    std::lock_guard<std::mutex> lock(memory_lock);
+    return live_bytes;
+}
+
+// ---------------------------------------------------------------- shared memory
+
+namespace {
+
+constexpr uint32_t NOBODY = ~0u, SEVERAL = ~0u - 1;
+
+// Who touched a byte last, and when.
+struct Access {
+    uint32_t thread = NOBODY, warp = NOBODY;  // or SEVERAL
+    uint32_t barriers = 0, warp_barriers = 0;
+};
+struct ByteHistory {
+    Access write, read;
+};
+
+struct SharedArray {
+    std::unique_ptr<char[]> storage;
+    char *start;
+    std::vector<ByteHistory> history;
+    size_t bytes;
+    SharedArray(size_t bytes) : storage(new char[bytes + 16]), history(bytes), bytes(bytes) {
+        start = reinterpret_cast<char *>((reinterpret_cast<uintptr_t>(storage.get()) + 15) / 16 * 16);
+        memset(start, UNINITIALISED, bytes);
+    }
+};
+
+std::unordered_map<const void *, SharedArray> shared_arrays;
+std::unique_ptr<SharedArray> dynamic;
+
+// Whether a barrier lies between an earlier access and now.
+bool ordered(const Access &earlier) {
+    if (earlier.thread == NOBODY || earlier.thread == thread->linear) return true;
+    if (earlier.barriers != thread->barriers) return true;
+    return earlier.warp == thread->linear / LANES && earlier.warp_barriers != thread->warp_barriers;
+}
+
+SharedArray *array_at(const void *address) {
+    const char *at = static_cast<const char *>(address);
+    if (dynamic && at >= dynamic->start && at < dynamic->start + dynamic->bytes) return dynamic.get();
+    for (auto &[key, array] : shared_arrays)
+        if (at >= array.start && at < array.start + array.bytes) return &array;
+    return nullptr;
+}
+
+}  // namespace
+
+void *shared_array(const void *key, size_t bytes) {
+    return shared_arrays.try_emplace(key, bytes).first->second.start;
+}
+
+void *dynamic_array(size_t from, size_t bytes) {
+    const size_t there = dynamic ? dynamic->bytes : 0;
+    if (from + bytes > there)
+        fail("dynamic shared memory: %zu bytes from %zu, launched with %zu", bytes, from, there);
+    return dynamic->start + from;
+}
+
+void shared_access(const void *address, size_t bytes, bool write) {
+    SharedArray *array = array_at(address);
+    if (!array) fail("shared memory of another block");
+    const size_t first = static_cast<const char *>(address) - array->start;
+    const Access now = {thread->linear, thread->linear / LANES, thread->barriers, thread->warp_barriers};
+    for (size_t i = first; i < first + bytes; i++) {
+        ByteHistory &history = array->history[i];
+        if (!write && history.write.thread == NOBODY) fail("shared memory: byte %zu is read before it is written", i);
+        if (!ordered(history.write))
+            fail("shared memory race: byte %zu is %s by thread %u and was written by thread %u, with no barrier between",
+                 i, write ? "written" : "read", thread->linear, history.write.thread);
+        if (write && !ordered(history.read))
+            fail("shared memory race: byte %zu is written by thread %u and was read by others, with no barrier between",
+                 i, thread->linear);
+        if (write) {
+            history = {now, {}};
+        } else {
+            const bool others = !ordered(history.read), other_warps = history.read.warp != now.warp;
+            history.read = now;
+            if (others) history.read.thread = SEVERAL;
+            if (others && other_warps) history.read.warp = SEVERAL;
+        }
+    }
+}
+
+// ---------------------------------------------------------------- fibers
+
+namespace {
+
+constexpr size_t STACK_BYTES = 128 << 10;
+
+enum class Waiting { No, Barrier, WarpBarrier, Exchange, Done };
+
+struct Fiber {
+    Thread thread;
+    void *stack_pointer;
+    char *stack;
+    Waiting waiting;
+};
+
+struct Warp {
+    int arrived = 0, arrived_at_barrier = 0, lanes = 0;
+    const char *operation = nullptr;
+    size_t bytes = 0;
+    // Two sets: lanes may still read the last exchange while the next one begins.
+    uint64_t given[2][LANES][8];
+    int set = 0;
+};
+
+std::mutex device_lock;  // one kernel at a time
+std::vector<Fiber> fibers;
+std::vector<Warp> warps;
+std::vector<char *> stacks;
+Fiber *current;
+void *scheduler_stack_pointer;
+uint32_t at_barrier, finished;
+const Kernel *running;
+const void *running_arguments;
+std::string failure;
+bool failed;
+
+void back_to_scheduler() { emulated_switch(&current->stack_pointer, scheduler_stack_pointer); }
+
+void wait(Waiting what) {
+    current->waiting = what;
+    back_to_scheduler();
+}
+
+void run_fiber() {
+    running->run(running_arguments);
+    finished++;
+    current->waiting = Waiting::Done;
+    back_to_scheduler();
+    abort();
+}
+
+char *stack_of(size_t index) {
+    while (stacks.size() <= index) {
+        char *stack = static_cast<char *>(mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE,
+                                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+        mprotect(stack, 4096, PROT_NONE);
+        stacks.push_back(stack);
+    }
+    return stacks[index];
+}
+
+void prepare(Fiber &fiber, uint32_t index) {
+    fiber.thread = {{index % block_size.x, index / block_size.x % block_size.y, index / block_size.x / block_size.y},
+                    index, 0, 0};
+    fiber.stack = stack_of(index);
+    fiber.waiting = Waiting::No;
+    void **top = reinterpret_cast<void **>(fiber.stack + STACK_BYTES) - 2;
+    *top = reinterpret_cast<void *>(run_fiber);  // where the first switch returns to
+    for (int i = 0; i < 6; i++) *--top = nullptr;
+    fiber.stack_pointer = top;
+}
+
+void release_barrier() {
+    at_barrier = 0;
+    for (Fiber &fiber : fibers) {
+        fiber.thread.barriers++;
+        fiber.waiting = Waiting::No;
+    }
+}
+
+void run_block() {
+    const uint32_t count = block_size.x * block_size.y * block_size.z;
+    fibers.resize(count);
+    warps.assign((count + LANES - 1) / LANES, Warp());
+    at_barrier = finished = 0;
+    for (uint32_t i = 0; i < count; i++) {
+        prepare(fibers[i], i);
+        warps[i / LANES].lanes++;
+    }
+    while (finished < count && !failed) {
+        bool moved = false;
+        for (Fiber &fiber : fibers) {
+            if (fiber.waiting != Waiting::No) continue;
+            moved = true;
+            current = &fiber;
+            thread = &fiber.thread;
+            emulated_switch(&scheduler_stack_pointer, fiber.stack_pointer);
+            if (failed) return;
+        }
+        if (!moved) {
+            failed = true;
+            failure = at_barrier ? "a barrier is not reached by all threads: " + std::to_string(at_barrier) + " of " +
+                                       std::to_string(count) + " wait, " + std::to_string(finished) + " have ended"
+                                 : "the lanes of a warp do not all reach an operation of the warp";
+        }
+    }
+}
+
+void on_fault(int signal, siginfo_t *info, void *) {
+    if (!running || failed) {  // not ours: as without us
+        ::signal(signal, SIG_DFL);
+        return;
+    }
+    sigset_t faults;
+    sigemptyset(&faults);
+    sigaddset(&faults, SIGSEGV);
+    sigaddset(&faults, SIGBUS);
+    sigprocmask(SIG_UNBLOCK, &faults, nullptr);
+    fail("access to %s", describe(info->si_addr).c_str());
+}
+
+// Faults of kernels become reports. On a stack of its own: a fiber's may be what overflowed.
+void catch_faults() {
+    static bool done = false;
+    if (done) return;
+    done = true;
+    struct sigaction action = {};
+    action.sa_sigaction = on_fault;
+    action.sa_flags = SA_SIGINFO | SA_NODEFER;
+    sigaction(SIGSEGV, &action, nullptr);
+    sigaction(SIGBUS, &action, nullptr);
+}
+
+const Kernel *&kernels() {
+    static const Kernel *first = nullptr;
+    return first;
+}
+
+}  // namespace
+
+Kernel::Kernel(const char *name, size_t argument_bytes, uint32_t threads, void (*run)(const void *))
+    : name(name), argument_bytes(argument_bytes), threads(threads), run(run), next(kernels()) {
+    kernels() = this;
+}
+
+const Kernel *find_kernel(const std::string &name) {
+    for (const Kernel *kernel = kernels(); kernel; kernel = kernel->next)
+        if (name == kernel->name) return kernel;
+    return nullptr;
+}
+
+void fail(const char *format, ...) {
+    char message[512], where[256];
+    va_list values;
+    va_start(values, format);
+    vsnprintf(message, sizeof message, format, values);
+    va_end(values);
+    snprintf(where, sizeof where, " (kernel %s, block %u %u %u, thread %u)", running->name, block_index.x,
+             block_index.y, block_index.z, thread->linear);
+    failure = std::string(message) + where;
+    failed = true;
+    back_to_scheduler();
+    abort();
+}
+
+void barrier() {
+    if (++at_barrier == fibers.size()) {
+        release_barrier();
+        return;
+    }
+    wait(Waiting::Barrier);
+}
+
+void warp_barrier() {
+    Warp &warp = warps[thread->linear / LANES];
+    if (++warp.arrived_at_barrier < warp.lanes) {
+        wait(Waiting::WarpBarrier);
+        return;
+    }
+    warp.arrived_at_barrier = 0;
+    const uint32_t first = thread->linear / LANES * LANES;
+    for (uint32_t i = first; i < first + warp.lanes; i++) {
+        fibers[i].thread.warp_barriers++;
+        if (fibers[i].waiting == Waiting::WarpBarrier) fibers[i].waiting = Waiting::No;
+    }
+}
+
+const void *exchange(const char *operation, const void *given, size_t bytes) {
+    Warp &warp = warps[thread->linear / LANES];
+    if (warp.lanes != LANES) fail("%s in a warp of %d lanes", operation, warp.lanes);
+    if (bytes > sizeof warp.given[0][0]) fail("%s of %zu bytes", operation, bytes);
+    if (warp.arrived == 0) {
+        warp.operation = operation;
+        warp.bytes = bytes;
+    } else if (warp.operation != operation || warp.bytes != bytes) {
+        fail("lanes of a warp do different things: %s and %s", warp.operation, operation);
+    }
+    const int set = warp.set;
+    memcpy(warp.given[set][thread->linear % LANES], given, bytes);
+    if (++warp.arrived < LANES) {
+        wait(Waiting::Exchange);
+        return warp.given[set];
+    }
+    warp.arrived = 0;
+    warp.set = 1 - set;
+    const uint32_t first = thread->linear / LANES * LANES;
+    for (uint32_t i = first; i < first + LANES; i++)
+        if (fibers[i].waiting == Waiting::Exchange) fibers[i].waiting = Waiting::No;
+    return warp.given[set];
+}
+
+const void *given_by(const void *exchanged, int lane) {
+    return static_cast<const char *>(exchanged) + lane * sizeof(uint64_t[8]);
+}
+
+bool run_kernel(const Kernel &kernel, dim3 grid, dim3 block, size_t shared_bytes, const void *arguments,
+                std::string &report) {
+    std::lock_guard<std::mutex> lock(device_lock);
+    catch_faults();
+    running = &kernel;
+    running_arguments = arguments;
+    grid_size = grid;
+    block_size = block;
+    failed = false;
+    if (block.x * block.y * block.z > kernel.threads) {
+        failed = true;
+        failure = std::string(kernel.name) + " has at most " + std::to_string(kernel.threads) + " threads";
+    }
+    for (uint32_t z = 0; z < grid.z && !failed; z++)
+        for (uint32_t y = 0; y < grid.y && !failed; y++)
+            for (uint32_t x = 0; x < grid.x && !failed; x++) {
+                block_index = {x, y, z};
+                shared_arrays.clear();
+                dynamic.reset(shared_bytes ? new SharedArray(shared_bytes) : nullptr);
+                run_block();
+            }
+    running = nullptr;
+    report = failure;
+    return !failed;
+}
+
+}  // namespace emulated
+
+// ---------------------------------------------------------------- numbers
+
+static float f16_value(uint16_t bits) {
+    const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+    const float sign = bits >> 15 ? -1.0f : 1.0f;
+    if (exponent == 31) return mantissa ? NAN : sign * INFINITY;
+    if (exponent == 0) return sign * std::ldexp(float(mantissa), -24);
+    return sign * std::ldexp(float(mantissa + 1024), exponent - 25);
+}
+
+float from_f16_bits(uint16_t bits) {
+    static const std::vector<float> values = [] {
+        std::vector<float> all(1 << 16);
+        for (size_t i = 0; i < all.size(); i++) all[i] = f16_value(uint16_t(i));
+        return all;
+    }();
+    return values[bits];
+}
+
+uint16_t to_f16_bits(float x) {
+    const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+    const float size = std::fabs(x);
+    if (x != x) return sign | 0x7e00;
+    if (size >= 65520.0f) return sign | 0x7c00;
+    if (size == 0.0f) return sign;
+    int exponent;
+    std::frexp(size, &exponent);  // size in [2^(exponent - 1), 2^exponent)
+    exponent = std::max(exponent - 1, -14);
+    const long mantissa = std::lrint(std::ldexp(size, 10 - exponent));  // ties to even
+    // A carry out of the mantissa is a step of the exponent; below 1024 the number is subnormal.
+    return sign | uint16_t(mantissa + (long(exponent + 14) << 10));
+}

@@ -1,0 +1,422 @@
+// The emulated driver: CUDA's driver functions over the emulated device.
+//
+// Work is queued and done when somebody waits for it, so that a missing wait shows. As with a GPU, copies
+// from and to ordinary host memory are done at once, those of pinned memory when their turn comes.
+#include "device.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <deque>
+#include <functional>
+#include <map>
+#include <mutex>
+#include <set>
+
+using namespace emulated;
+
+namespace {
+
+enum Result : int {
+    SUCCESS = 0,
+    INVALID_VALUE = 1,
+    OUT_OF_MEMORY = 2,
+    INVALID_HANDLE = 400,
+    NOT_FOUND = 500,
+    NOT_READY = 600,
+    ILLEGAL_ADDRESS = 700,
+    INVALID_CONTEXT = 201,
+    CAPTURE_UNSUPPORTED = 900,
+};
+
+// A piece of queued work. False: it failed, and says why.
+using Work = std::function<bool(std::string &)>;
+
+struct Graph {
+    std::vector<Work> nodes;
+};
+
+struct Stream {
+    std::deque<Work> queue;
+    uint64_t queued = 0, done = 0;
+    bool capturing = false;
+    Graph captured;
+};
+
+struct Event {
+    Stream *stream = nullptr;
+    uint64_t after = 0;
+};
+
+struct Function {
+    const Kernel *kernel;
+    size_t shared_bytes = 48 << 10;  // that a launch may ask for
+};
+
+constexpr int MULTIPROCESSORS = 4;
+constexpr int SHARED_BYTES = 99 << 10;  // that a function may be allowed
+
+std::recursive_mutex lock;
+std::set<Stream *> streams;
+Stream default_stream;
+std::map<const char *, size_t> pinned;
+std::map<std::string, uint64_t> counts;
+std::string last_report;
+int sticky = SUCCESS;  // as on a GPU, a fault ends the context
+thread_local void *current_context;
+char context;
+
+size_t total_memory() {
+    const char *given = getenv("ASTRAI_EMULATED_MEMORY");
+    return given ? strtoull(given, nullptr, 10) : size_t(8) << 30;
+}
+
+Stream *stream_of(void *handle) {
+    // Null and the two special handles are the default stream.
+    return reinterpret_cast<uintptr_t>(handle) <= 2 ? &default_stream : static_cast<Stream *>(handle);
+}
+
+int fault(const std::string &report) {
+    last_report = report;
+    fprintf(stderr, "emulated CUDA: %s\n", report.c_str());
+    return sticky = ILLEGAL_ADDRESS;
+}
+
+int finish(Stream *stream) {
+    if (stream->capturing) return CAPTURE_UNSUPPORTED;
+    while (!stream->queue.empty()) {
+        const Work work = std::move(stream->queue.front());
+        stream->queue.pop_front();
+        stream->done++;
+        std::string report;
+        if (!sticky && !work(report)) fault(report);
+    }
+    return sticky;
+}
+
+int finish_all() {
+    finish(&default_stream);
+    for (Stream *stream : streams)
+        if (!stream->capturing) finish(stream);
+    return sticky;
+}
+
+int enqueue(void *handle, Work work) {
+    Stream *stream = stream_of(handle);
+    if (stream->capturing) {
+        stream->captured.nodes.push_back(std::move(work));
+    } else {
+        stream->queue.push_back(std::move(work));
+        stream->queued++;
+    }
+    return sticky;
+}
+
+bool is_pinned(const void *address) {
+    auto after = pinned.upper_bound(static_cast<const char *>(address));
+    if (after == pinned.begin()) return false;
+    --after;
+    return address < after->first + after->second;
+}
+
+Work copy(void *to, const void *from, size_t bytes, bool check_to, bool check_from) {
+    return [=](std::string &report) {
+        for (const auto &[address, check] : {std::pair<const void *, bool>(to, check_to), {from, check_from}}) {
+            if (check && bytes && !is_device_memory(address, bytes)) {
+                report = "copy of " + std::to_string(bytes) + " bytes: access to " + describe(address);
+                return false;
+            }
+        }
+        memcpy(to, from, bytes);
+        return true;
+    };
+}
+
+int wait_event(Event *event) {
+    return event->stream && event->stream->done < event->after ? finish(event->stream) : sticky;
+}
+
+using Guard = std::lock_guard<std::recursive_mutex>;
+
+}  // namespace
+
+extern "C" {
+
+int cu_init(unsigned) { return sticky; }
+int cu_device_get(int *device, int ordinal) {
+    *device = ordinal;
+    return ordinal == 0 ? SUCCESS : 101;  // INVALID_DEVICE
+}
+int cu_device_get_count(int *count) {
+    *count = 1;
+    return SUCCESS;
+}
+int cu_device_get_name(char *name, int bytes, int) {
+    snprintf(name, bytes, "emulated GPU");
+    return SUCCESS;
+}
+int cu_device_get_attribute(int *value, int attribute, int) {
+    switch (attribute) {
+    case 16: *value = MULTIPROCESSORS; break;
+    case 75: *value = 9; break;  // compute capability 9.0
+    case 97: *value = SHARED_BYTES; break;
+    case 115: *value = 1; break;  // memory pools
+    default: *value = 0;
+    }
+    return SUCCESS;
+}
+int cu_ctx_retain(void **out, int) {
+    *out = &context;
+    return SUCCESS;
+}
+int cu_ctx_release(int) { return SUCCESS; }
+int cu_ctx_get_current(void **out) {
+    *out = current_context;
+    return SUCCESS;
+}
+int cu_ctx_set_current(void *given) {
+    current_context = given;
+    return SUCCESS;
+}
+int cu_ctx_synchronize() {
+    Guard guard(lock);
+    return finish_all();
+}
+int cu_ctx_destroy(void *) { return SUCCESS; }
+
+int cu_module_load_data(void **module, const void *) {
+    *module = &context;
+    return SUCCESS;
+}
+int cu_module_get_function(void **function, void *, const char *name) {
+    Guard guard(lock);
+    const Kernel *kernel = find_kernel(name);
+    if (!kernel) {
+        last_report = std::string("there is no kernel ") + name;
+        return NOT_FOUND;
+    }
+    *function = new Function{kernel};  // lives as long as the process, like its module
+    return SUCCESS;
+}
+int cu_module_unload(void *) { return SUCCESS; }
+int cu_func_set_attribute(void *function, int attribute, int value) {
+    if (attribute != 8) return INVALID_VALUE;  // MAX_DYNAMIC_SHARED_SIZE_BYTES
+    if (value > SHARED_BYTES) return INVALID_VALUE;
+    static_cast<Function *>(function)->shared_bytes = value;
+    return SUCCESS;
+}
+int cu_launch_kernel(void *handle, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                     unsigned shared_bytes, void *stream, void **arguments, void **) {
+    Guard guard(lock);
+    if (current_context != &context) return INVALID_CONTEXT;
+    const Function &function = *static_cast<Function *>(handle);
+    if (!gx || !gy || !gz || !bx || !by || !bz || gy > 65535 || gz > 65535 || shared_bytes > function.shared_bytes)
+        return INVALID_VALUE;
+    const Kernel *kernel = function.kernel;
+    const char *first = static_cast<const char *>(arguments[0]);
+    const std::vector<char> copied(first, first + kernel->argument_bytes);
+    counts["launches"]++;
+    return enqueue(stream, [=](std::string &report) {
+        return run_kernel(*kernel, {gx, gy, gz}, {bx, by, bz}, shared_bytes, copied.data(), report);
+    });
+}
+
+int cu_mem_alloc(void **out, size_t bytes) {
+    Guard guard(lock);
+    if (sticky) return sticky;
+    if (allocated_bytes() + bytes > total_memory()) return OUT_OF_MEMORY;
+    counts["allocations"]++;
+    *out = allocate(bytes);
+    return *out ? SUCCESS : OUT_OF_MEMORY;
+}
+int cu_mem_free(void *start) {
+    Guard guard(lock);
+    finish_all();
+    std::string report;
+    return release(start, report) ? sticky : fault(report);
+}
+int cu_mem_get_info(size_t *free, size_t *total) {
+    *total = total_memory();
+    *free = *total - std::min(*total, allocated_bytes());
+    return SUCCESS;
+}
+int cu_mem_host_alloc(void **out, size_t bytes, unsigned) {
+    Guard guard(lock);
+    *out = aligned_alloc(64, (bytes + 63) / 64 * 64);
+    pinned[static_cast<char *>(*out)] = bytes;
+    return SUCCESS;
+}
+int cu_mem_free_host(void *start) {
+    Guard guard(lock);
+    finish_all();
+    pinned.erase(static_cast<char *>(start));
+    free(start);
+    return SUCCESS;
+}
+
+int cu_memcpy_to_device(void *to, const void *from, size_t bytes, void *stream) {
+    Guard guard(lock);
+    if (is_pinned(from)) return enqueue(stream, copy(to, from, bytes, true, false));
+    if (stream_of(stream)->capturing) return CAPTURE_UNSUPPORTED;
+    const std::vector<char> staged(static_cast<const char *>(from), static_cast<const char *>(from) + bytes);
+    return enqueue(stream, [=](std::string &report) { return copy(to, staged.data(), bytes, true, false)(report); });
+}
+int cu_memcpy_to_host(void *to, const void *from, size_t bytes, void *stream) {
+    Guard guard(lock);
+    if (!is_pinned(to) && stream_of(stream)->capturing) return CAPTURE_UNSUPPORTED;
+    const int status = enqueue(stream, copy(to, from, bytes, false, true));
+    return status || is_pinned(to) ? status : finish(stream_of(stream));
+}
+int cu_memcpy_device(void *to, const void *from, size_t bytes, void *stream) {
+    Guard guard(lock);
+    return enqueue(stream, copy(to, from, bytes, true, true));
+}
+int cu_memset(void *to, unsigned char value, size_t bytes, void *stream) {
+    Guard guard(lock);
+    return enqueue(stream, [=](std::string &report) {
+        if (bytes && !is_device_memory(to, bytes)) {
+            report = "memset: access to " + describe(to);
+            return false;
+        }
+        memset(to, value, bytes);
+        return true;
+    });
+}
+
+int cu_stream_create(void **out, unsigned) {
+    Guard guard(lock);
+    Stream *stream = new Stream;
+    streams.insert(stream);
+    *out = stream;
+    return SUCCESS;
+}
+int cu_stream_synchronize(void *stream) {
+    Guard guard(lock);
+    return finish(stream_of(stream));
+}
+int cu_stream_wait_event(void *, void *event, unsigned) {
+    Guard guard(lock);
+    return wait_event(static_cast<Event *>(event));
+}
+int cu_stream_destroy(void *handle) {
+    Guard guard(lock);
+    Stream *stream = stream_of(handle);
+    const int status = finish(stream);
+    streams.erase(stream);
+    delete stream;
+    return status;
+}
+int cu_stream_is_capturing(void *stream, int *status) {
+    *status = stream_of(stream)->capturing;
+    return SUCCESS;
+}
+int cu_stream_begin_capture(void *stream, int) {
+    Guard guard(lock);
+    if (stream_of(stream) == &default_stream || stream_of(stream)->capturing) return CAPTURE_UNSUPPORTED;
+    stream_of(stream)->capturing = true;
+    stream_of(stream)->captured = {};
+    return SUCCESS;
+}
+int cu_stream_end_capture(void *stream, void **graph) {
+    Guard guard(lock);
+    if (!stream_of(stream)->capturing) return CAPTURE_UNSUPPORTED;
+    stream_of(stream)->capturing = false;
+    *graph = new Graph(std::move(stream_of(stream)->captured));
+    return SUCCESS;
+}
+int cu_graph_instantiate(void **executable, void *graph, unsigned long long) {
+    *executable = new Graph(*static_cast<Graph *>(graph));
+    return SUCCESS;
+}
+int cu_graph_launch(void *executable, void *stream) {
+    Guard guard(lock);
+    counts["graph launches"]++;
+    for (const Work &work : static_cast<Graph *>(executable)->nodes) enqueue(stream, work);
+    return sticky;
+}
+int cu_graph_upload(void *, void *) { return SUCCESS; }
+int cu_graph_destroy(void *graph) {
+    Guard guard(lock);
+    finish_all();
+    delete static_cast<Graph *>(graph);
+    return SUCCESS;
+}
+
+int cu_event_create(void **out, unsigned) {
+    *out = new Event;
+    return SUCCESS;
+}
+int cu_event_record(void *event, void *stream) {
+    Guard guard(lock);
+    *static_cast<Event *>(event) = {stream_of(stream), stream_of(stream)->queued};
+    return SUCCESS;
+}
+int cu_event_synchronize(void *event) {
+    Guard guard(lock);
+    return wait_event(static_cast<Event *>(event));
+}
+int cu_event_query(void *handle) {
+    Guard guard(lock);
+    const Event *event = static_cast<Event *>(handle);
+    return event->stream && event->stream->done < event->after ? NOT_READY : SUCCESS;
+}
+int cu_event_destroy(void *event) {
+    delete static_cast<Event *>(event);
+    return SUCCESS;
+}
+
+int cu_get_error(int status, const char **text) {
+    static std::map<int, std::string> texts;
+    Guard guard(lock);
+    const bool ours = status == ILLEGAL_ADDRESS || status == NOT_FOUND;
+    texts[status] = status == OUT_OF_MEMORY ? "out of memory" : ours ? last_report : "CUDA error " + std::to_string(status);
+    *text = texts[status].c_str();
+    return SUCCESS;
+}
+
+// Unused by what we run, yet somebody's code names them.
+int cu_not_emulated() { return INVALID_VALUE; }
+
+// How often something happened: "launches", "graph launches", "allocations"; bytes of device memory "bytes".
+uint64_t emulated_count(const char *what) {
+    Guard guard(lock);
+    return what == std::string("bytes") ? allocated_bytes() : counts[what];
+}
+
+// Bytes of a kernel's argument; 0: there is no such kernel.
+size_t emulated_argument_bytes(const char *kernel) {
+    const Kernel *found = find_kernel(kernel);
+    return found ? found->argument_bytes : 0;
+}
+
+void *emulated_driver(const char *name) {
+    static const std::map<std::string, void *> functions = {
+#define AS(name, function) {#name, reinterpret_cast<void *>(function)}
+        AS(cuInit, cu_init), AS(cuDeviceGet, cu_device_get), AS(cuDeviceGetCount, cu_device_get_count),
+        AS(cuDeviceGetName, cu_device_get_name), AS(cuDeviceGetAttribute, cu_device_get_attribute),
+        AS(cuDevicePrimaryCtxRetain, cu_ctx_retain), AS(cuDevicePrimaryCtxRelease_v2, cu_ctx_release),
+        AS(cuCtxGetCurrent, cu_ctx_get_current), AS(cuCtxSetCurrent, cu_ctx_set_current),
+        AS(cuCtxSynchronize, cu_ctx_synchronize), AS(cuCtxDestroy_v2, cu_ctx_destroy),
+        AS(cuModuleLoad, cu_not_emulated), AS(cuModuleLoadData, cu_module_load_data),
+        AS(cuModuleGetFunction, cu_module_get_function), AS(cuModuleUnload, cu_module_unload),
+        AS(cuFuncSetAttribute, cu_func_set_attribute), AS(cuLaunchKernel, cu_launch_kernel),
+        AS(cuMemAlloc_v2, cu_mem_alloc), AS(cuMemFree_v2, cu_mem_free), AS(cuMemGetInfo_v2, cu_mem_get_info),
+        AS(cuMemHostAlloc, cu_mem_host_alloc), AS(cuMemFreeHost, cu_mem_free_host),
+        AS(cuMemcpyHtoDAsync_v2, cu_memcpy_to_device), AS(cuMemcpyDtoHAsync_v2, cu_memcpy_to_host),
+        AS(cuMemcpyDtoDAsync_v2, cu_memcpy_device), AS(cuMemcpyPeerAsync, cu_not_emulated),
+        AS(cuMemsetD8Async, cu_memset), AS(cuStreamCreate, cu_stream_create),
+        AS(cuStreamSynchronize, cu_stream_synchronize), AS(cuStreamWaitEvent, cu_stream_wait_event),
+        AS(cuStreamDestroy_v2, cu_stream_destroy), AS(cuStreamIsCapturing, cu_stream_is_capturing),
+        AS(cuStreamBeginCapture_v2, cu_stream_begin_capture), AS(cuStreamEndCapture, cu_stream_end_capture),
+        AS(cuGraphInstantiateWithFlags, cu_graph_instantiate), AS(cuGraphLaunch, cu_graph_launch),
+        AS(cuGraphUpload, cu_graph_upload), AS(cuGraphDestroy, cu_graph_destroy),
+        AS(cuGraphExecDestroy, cu_graph_destroy), AS(cuEventCreate, cu_event_create),
+        AS(cuEventRecord, cu_event_record), AS(cuEventSynchronize, cu_event_synchronize),
+        AS(cuEventQuery, cu_event_query), AS(cuEventDestroy_v2, cu_event_destroy),
+        AS(cuGetErrorName, cu_get_error), AS(cuGetErrorString, cu_get_error),
+#undef AS
+    };
+    const auto found = functions.find(name);
+    return found == functions.end() ? nullptr : found->second;
+}
+
+}  // extern "C"

@@ -1,0 +1,8 @@
+// Everything emulated in one unit: the device, the driver, and the kernels as the host compiler sees them.
+#include "device.cpp"
+#include "driver.cpp"
+
+#include "../kernels/attention.cu"
+#include "../kernels/linear.cu"
+#include "../kernels/rope.cu"
+#include "../kernels/rows.cu"

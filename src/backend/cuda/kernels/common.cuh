@@ -1,0 +1,123 @@
+// What all kernels share: number types, fragments of the tensor cores, reductions in a fixed order.
+//
+// Every kernel takes one struct by value (its Rust twin stands in launch.rs) and is declared with
+// KERNEL. Shared memory is declared with SHARED and SHARED_DYNAMIC, so that the emulator sees each use.
+#pragma once
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <stdint.h>
+
+typedef __nv_bfloat16 bf16;
+typedef __half f16;
+
+// An array in shared memory.
+template <typename T>
+struct Shared {
+    T *data;
+    __device__ T &operator[](int i) const { return data[i]; }
+};
+
+#define SHARED(T, name, count)              \
+    __shared__ __align__(16) T name##_[count]; \
+    const Shared<T> name{name##_}
+
+// `SharedBytes` takes arrays from the dynamic part, one after the other.
+extern __shared__ __align__(16) unsigned char dynamic_shared_memory[];
+struct SharedBytes {
+    unsigned used = 0;
+    template <typename T>
+    __device__ Shared<T> take(unsigned count) {
+        T *start = reinterpret_cast<T *>(dynamic_shared_memory + used);
+        used += (count * sizeof(T) + 15) / 16 * 16;
+        return Shared<T>{start};
+    }
+};
+
+#define KERNEL(name, Args, threads) \
+    extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Args args)
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(bf16 x) { return __bfloat162float(x); }
+__device__ inline float to_float(f16 x) { return __half2float(x); }
+
+template <typename T>
+__device__ inline T from_float(float x);
+template <>
+__device__ inline float from_float<float>(float x) { return x; }
+template <>
+__device__ inline bf16 from_float<bf16>(float x) { return __float2bfloat16(x); }
+template <>
+__device__ inline f16 from_float<f16>(float x) { return __float2half(x); }
+
+// c += a · b for a [16 × 16], b [16 × 8], c [16 × 8], spread over a warp as the PTX manual has it
+// (mma.m16n8k16): with g = lane / 4 and t = lane % 4, a holds rows g and g + 8 at columns 2t, 2t + 1
+// (registers 0 and 1) and 2t + 8, 2t + 9 (registers 2 and 3), b holds column g at rows 2t, 2t + 1 and
+// 2t + 8, 2t + 9, and c holds rows g (0, 1) and g + 8 (2, 3) at columns 2t, 2t + 1.
+template <typename T>
+__device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+
+template <>
+__device__ inline void mma<bf16>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+template <>
+__device__ inline void mma<f16>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Weights: read once, past the first cache.
+__device__ inline uint4 load_once(const void *address) {
+    return __ldcs(static_cast<const uint4 *>(address));
+}
+
+#else
+#include "../emulator/emulate.h"
+#endif
+
+constexpr int WARP = 32;
+constexpr unsigned ALL_LANES = 0xffffffffu;
+
+// 16 bytes of global memory, 16-byte aligned.
+__device__ inline uint4 load16(const void *address) { return *static_cast<const uint4 *>(address); }
+
+// Two numbers in one register, the first in the low half.
+template <typename T>
+__device__ inline uint32_t pack2(float low, float high) {
+    T pair[2] = {from_float<T>(low), from_float<T>(high)};
+    uint32_t bits;
+    memcpy(&bits, pair, 4);
+    return bits;
+}
+
+// Sum over a warp; every lane gets it. The order is fixed.
+__device__ inline float warp_sum(float x) {
+    for (int step = WARP / 2; step > 0; step /= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
+    return x;
+}
+
+__device__ inline float warp_max(float x) {
+    for (int step = WARP / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, step));
+    return x;
+}
+
+// Sum over a block of whole warps; every thread gets it. The order is fixed.
+template <int WARPS>
+__device__ inline float block_sum(float x) {
+    SHARED(float, sums, WARPS);
+    x = warp_sum(x);
+    __syncthreads();
+    if (threadIdx.x % WARP == 0) sums[threadIdx.x / WARP] = x;
+    __syncthreads();
+    float sum = 0.0f;
+    for (int warp = 0; warp < WARPS; warp++) sum += sums[warp];
+    return sum;
+}
+
+__device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }

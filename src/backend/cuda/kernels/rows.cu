@@ -1,0 +1,116 @@
+// What works on one row at a time: embedding, norms, gates, gathers.
+#include "common.cuh"
+
+constexpr int ROW_THREADS = 256;
+
+// How the numbers of a matrix are stored; the values of `Encoding` in launch.rs.
+enum Encoding : uint32_t { ENCODING_F32, ENCODING_F16, ENCODING_BF16 };
+
+struct EmbeddingArgs {
+    const void *table;     // [vocab, cols]
+    const uint32_t *ids;   // [rows]
+    float *out;            // [rows, cols]
+    uint32_t cols, encoding;
+};
+
+// out[row] = table[ids[row]]
+KERNEL(embedding, EmbeddingArgs, ROW_THREADS) {
+    const size_t from = size_t(args.ids[blockIdx.x]) * args.cols;
+    float *out = args.out + size_t(blockIdx.x) * args.cols;
+    for (uint32_t i = threadIdx.x; i < args.cols; i += ROW_THREADS) {
+        switch (args.encoding) {
+        case ENCODING_F32: out[i] = static_cast<const float *>(args.table)[from + i]; break;
+        case ENCODING_F16: out[i] = to_float(static_cast<const f16 *>(args.table)[from + i]); break;
+        default: out[i] = to_float(static_cast<const bf16 *>(args.table)[from + i]);
+        }
+    }
+}
+
+struct RmsNormArgs {
+    float *residual;      // [rows, cols]
+    const void *x;        // [rows, cols], added to the residual first; null: nothing is
+    const float *weight;  // [cols]
+    void *out;            // [rows, cols]
+    uint32_t cols;
+    float eps;
+};
+
+// out = residual / sqrt(mean(residual²) + eps) · weight
+template <typename T>
+__device__ void add_rms_norm(const RmsNormArgs &args) {
+    const size_t start = size_t(blockIdx.x) * args.cols;
+    float *residual = args.residual + start;
+    const T *x = static_cast<const T *>(args.x) + start;
+    float squares = 0.0f;
+    for (uint32_t i = threadIdx.x; i < args.cols; i += ROW_THREADS) {
+        float value = residual[i];
+        if (args.x) {
+            value += to_float(x[i]);
+            residual[i] = value;
+        }
+        squares += value * value;
+    }
+    squares = block_sum<ROW_THREADS / WARP>(squares);
+    const float scale = 1.0f / sqrtf(squares / float(args.cols) + args.eps);
+    T *out = static_cast<T *>(args.out) + start;
+    for (uint32_t i = threadIdx.x; i < args.cols; i += ROW_THREADS)
+        out[i] = from_float<T>(residual[i] * scale * args.weight[i]);
+}
+
+KERNEL(rms_norm_f32, RmsNormArgs, ROW_THREADS) { add_rms_norm<float>(args); }
+KERNEL(rms_norm_f16, RmsNormArgs, ROW_THREADS) { add_rms_norm<f16>(args); }
+KERNEL(rms_norm_bf16, RmsNormArgs, ROW_THREADS) { add_rms_norm<bf16>(args); }
+
+struct GateArgs {
+    void *out;         // [rows, width]
+    const void *gate;  // [rows, gate_width], from its column `offset`
+    uint32_t width, gate_width, offset;
+};
+
+// out *= sigmoid(gate)
+template <typename T>
+__device__ void gate_attention(const GateArgs &args) {
+    T *out = static_cast<T *>(args.out) + size_t(blockIdx.x) * args.width;
+    const T *gate = static_cast<const T *>(args.gate) + size_t(blockIdx.x) * args.gate_width + args.offset;
+    for (uint32_t i = threadIdx.x; i < args.width; i += ROW_THREADS)
+        out[i] = from_float<T>(to_float(out[i]) * sigmoid(to_float(gate[i])));
+}
+
+KERNEL(gate_attention_f32, GateArgs, ROW_THREADS) { gate_attention<float>(args); }
+KERNEL(gate_attention_f16, GateArgs, ROW_THREADS) { gate_attention<f16>(args); }
+KERNEL(gate_attention_bf16, GateArgs, ROW_THREADS) { gate_attention<bf16>(args); }
+
+struct GatedActivationArgs {
+    const void *x;  // [rows, 2 * width]
+    void *out;      // [rows, width]
+    uint32_t width;
+};
+
+// out = silu(x[:width]) · x[width:]
+template <typename T>
+__device__ void gated_activation(const GatedActivationArgs &args) {
+    const T *x = static_cast<const T *>(args.x) + size_t(blockIdx.x) * 2 * args.width;
+    T *out = static_cast<T *>(args.out) + size_t(blockIdx.x) * args.width;
+    for (uint32_t i = blockIdx.y * ROW_THREADS + threadIdx.x; i < args.width; i += gridDim.y * ROW_THREADS) {
+        const float gate = to_float(x[i]);
+        out[i] = from_float<T>(gate * sigmoid(gate) * to_float(x[args.width + i]));
+    }
+}
+
+KERNEL(gated_activation_f32, GatedActivationArgs, ROW_THREADS) { gated_activation<float>(args); }
+KERNEL(gated_activation_f16, GatedActivationArgs, ROW_THREADS) { gated_activation<f16>(args); }
+KERNEL(gated_activation_bf16, GatedActivationArgs, ROW_THREADS) { gated_activation<bf16>(args); }
+
+struct GatherArgs {
+    const void *x;          // [all rows, row_bytes / 4] words
+    const uint32_t *rows;   // [rows]
+    void *out;              // [rows, row_bytes / 4] words
+    uint32_t words;
+};
+
+// out[row] = x[rows[row]]
+KERNEL(gather_rows, GatherArgs, ROW_THREADS) {
+    const uint32_t *x = static_cast<const uint32_t *>(args.x) + size_t(args.rows[blockIdx.x]) * args.words;
+    uint32_t *out = static_cast<uint32_t *>(args.out) + size_t(blockIdx.x) * args.words;
+    for (uint32_t i = threadIdx.x; i < args.words; i += ROW_THREADS) out[i] = x[i];
+}

@@ -1,0 +1,194 @@
+//! Kernels by name, and the structs that they take: twins of those in `kernels/*.cu`, field by field.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute;
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaContext, CudaFunction, CudaModule, CudaStream, DeviceRepr, DriverError, LaunchConfig,
+    PushKernelArg,
+};
+use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// Address in device memory; 0 is null.
+pub(super) type Address = u64;
+
+/// Dynamic shared memory that a launch may ask for without further ado.
+const SHARED_BYTES: u32 = 48 << 10;
+
+/// What the build script made of `kernels/*.cu`, and the kernels in it. `{}` stands for each type.
+const MODULES: [(&[u8], &[&str]); 4] = [
+    (
+        include_bytes!(concat!(env!("OUT_DIR"), "/rows.fatbin")),
+        &["embedding", "gather_rows", "rms_norm_{}", "gate_attention_{}", "gated_activation_{}"],
+    ),
+    (include_bytes!(concat!(env!("OUT_DIR"), "/rope.fatbin")), &["rope_and_cache_{}"]),
+    (
+        include_bytes!(concat!(env!("OUT_DIR"), "/linear.fatbin")),
+        &["linear_f32", "linear_{half}_1", "linear_{half}_2", "linear_{half}_4", "linear_{half}_8"],
+    ),
+    (
+        include_bytes!(concat!(env!("OUT_DIR"), "/attention.fatbin")),
+        &[
+            "attention_f32",
+            "attention_{half}_1",
+            "attention_{half}_2",
+            "attention_{half}_3",
+            "attention_{half}_4",
+            "attention_{half}_6",
+            "attention_{half}_8",
+            "merge_{half}",
+        ],
+    ),
+];
+
+/// A struct that a kernel takes by value.
+///
+/// # Safety
+/// It is `repr(C)` and has the fields of the kernel's own, in order.
+pub(super) unsafe trait Arguments: Copy {}
+
+macro_rules! arguments {
+    ($($(#[$doc:meta])* $name:ident { $($field:ident: $type:ty),* $(,)? })*) => {$(
+        $(#[$doc])*
+        #[repr(C)]
+        #[derive(Clone, Copy)]
+        pub(super) struct $name { $(pub(super) $field: $type),* }
+
+        // SAFETY: twin of the struct of this name in kernels/; the emulator compares their sizes.
+        unsafe impl Arguments for $name {}
+        // SAFETY: plain numbers.
+        unsafe impl DeviceRepr for $name {}
+    )*};
+}
+
+arguments! {
+    /// `embedding`.
+    EmbeddingArgs { table: Address, ids: Address, out: Address, cols: u32, encoding: u32 }
+    /// `rms_norm_*`.
+    RmsNormArgs { residual: Address, x: Address, weight: Address, out: Address, cols: u32, eps: f32 }
+    /// `gate_attention_*`.
+    GateArgs { out: Address, gate: Address, width: u32, gate_width: u32, offset: u32 }
+    /// `gated_activation_*`.
+    GatedActivationArgs { x: Address, out: Address, width: u32 }
+    /// `gather_rows`.
+    GatherArgs { x: Address, rows: Address, out: Address, words: u32 }
+    /// `linear_*`.
+    LinearArgs {
+        weight: Address, x: Address, bias: Address, out: Address,
+        rows: u32, cols: u32, outs: u32, slice: u32, out_is_f32: u32,
+    }
+    /// `rope_and_cache_*`.
+    RopeArgs {
+        qkv: Address, cos: Address, sin: Address, q_norm: Address, k_norm: Address,
+        positions: Address, slots: Address, keys: Address, values: Address,
+        heads: u32, kv_heads: u32, dim: u32, width: u32, adjacent: u32, qk_norm: u32, eps: f32,
+    }
+    /// `attention_*` and `merge_*`.
+    AttentionArgs {
+        qkv: Address, keys: Address, values: Address, out: Address, partial: Address,
+        positions: Address, blocks: Address, items: Address, num_items: Address,
+        heads: u32, kv_heads: u32, dim: u32, width: u32, window: u32, scale: f32,
+    }
+}
+
+/// Blocks, threads of a block and bytes of dynamic shared memory.
+#[derive(Clone, Copy)]
+pub(super) struct Grid {
+    pub(super) blocks: (u32, u32),
+    pub(super) threads: u32,
+    pub(super) shared_bytes: u32,
+}
+
+impl Grid {
+    /// A block of `threads` for each of `count`.
+    pub(super) fn each(count: usize, threads: u32) -> Self {
+        Self { blocks: (count as u32, 1), threads, shared_bytes: 0 }
+    }
+}
+
+/// All kernels, loaded.
+pub(super) struct Kernels {
+    functions: HashMap<String, CudaFunction>,
+}
+
+impl Kernels {
+    /// Loads them into `context`; a function may take up to `shared_bytes` of dynamic shared memory.
+    pub(super) fn load(context: &Arc<CudaContext>, shared_bytes: u32) -> Result<Self> {
+        let mut functions = HashMap::new();
+        for (code, names) in MODULES {
+            let module =
+                context.load_module(Ptx::from_binary(code.to_vec())).map_err(unloadable)?;
+            for name in names.iter().flat_map(|name| instances(name)) {
+                let function = function(&module, &name, shared_bytes).map_err(|error| {
+                    Error::new(ErrorKind::Device, format!("kernel {name}: {error}"))
+                })?;
+                functions.insert(name, function);
+            }
+        }
+        Ok(Self { functions })
+    }
+
+    /// Queues kernel `name`.
+    ///
+    /// # Safety
+    /// The addresses in `args` must be of device memory that holds what the kernel's own struct says
+    /// until the stream has done the work, and the grid must be what the kernel expects.
+    pub(super) unsafe fn launch<A: Arguments + DeviceRepr>(
+        &self,
+        stream: &CudaStream,
+        name: &str,
+        grid: Grid,
+        args: A,
+    ) -> Result<()> {
+        #[cfg(feature = "cuda-emulator")]
+        assert_eq!(super::emulator::argument_bytes(name), size_of::<A>(), "{name}");
+        let function = self.functions.get(name);
+        let function = function.ok_or_else(|| Error::bug(format!("there is no kernel {name}")))?;
+        let config = LaunchConfig {
+            grid_dim: (grid.blocks.0, grid.blocks.1, 1),
+            block_dim: (grid.threads, 1, 1),
+            shared_mem_bytes: grid.shared_bytes,
+        };
+        // SAFETY: the caller's contract.
+        let launched = unsafe { stream.launch_builder(function).arg(&args).launch(config) };
+        launched.map(drop).map_err(|error| {
+            Error::new(ErrorKind::Device, format!("kernel {name} was not launched: {error}"))
+        })
+    }
+}
+
+fn unloadable(error: DriverError) -> Error {
+    let message = format!(
+        "the GPU cannot run the kernels ({error}); needed: compute capability 8.0 (Ampere) or newer"
+    );
+    Error::new(ErrorKind::Device, message)
+}
+
+/// The names that a pattern of [`MODULES`] stands for.
+fn instances(pattern: &str) -> Vec<String> {
+    let of =
+        |mark: &str, types: &[&str]| types.iter().map(|each| pattern.replace(mark, each)).collect();
+    if pattern.contains("{half}") {
+        of("{half}", &["f16", "bf16"])
+    } else if pattern.contains("{}") {
+        of("{}", &["f32", "f16", "bf16"])
+    } else {
+        vec![pattern.to_string()]
+    }
+}
+
+fn function(
+    module: &Arc<CudaModule>,
+    name: &str,
+    shared_bytes: u32,
+) -> std::result::Result<CudaFunction, DriverError> {
+    let function = module.load_function(name)?;
+    if shared_bytes > SHARED_BYTES && name.starts_with("linear_") {
+        let limit = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        function.set_attribute(limit, shared_bytes as i32)?;
+    }
+    Ok(function)
+}

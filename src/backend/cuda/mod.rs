@@ -1,0 +1,209 @@
+//! NVIDIA GPUs: our kernels on candle's CUDA device.
+//!
+//! Activations are of the compute type (bf16, f16 or f32), the residual stream and logits are f32.
+//! All work of a backend is queued on one stream of its own, in order.
+#![allow(unsafe_code)] // Launches, device memory and the driver's functions.
+
+mod batch;
+mod driver;
+#[cfg(feature = "cuda-emulator")]
+pub mod emulator;
+mod launch;
+mod memory;
+mod ops;
+
+use std::sync::Arc;
+
+use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute;
+use candle_core::cuda_backend::cudarc::driver::{CudaStream, DevicePtr};
+use candle_core::cuda_backend::{CudaDType, CudaDevice};
+use candle_core::{DType, Device, Layout, Shape, Storage, Tensor};
+use half::{bf16, f16};
+
+use super::reference::dequantize;
+use crate::error::{Error, ErrorKind, Result};
+use crate::weights::{Encoding, StoredTensor};
+pub(super) use batch::DeviceBatch;
+use launch::{Address, Kernels};
+
+/// A GPU with our kernels.
+pub(super) struct Cuda {
+    device: CudaDevice,
+    stream: Arc<CudaStream>,
+    kernels: Kernels,
+    /// Type of activations, weights and cache.
+    dtype: DType,
+    multiprocessors: usize,
+    /// Dynamic shared memory that a block may have, in bytes.
+    shared_bytes: usize,
+}
+
+/// Rows of one or more stored matrices on top of each other, `[outs, cols]` of the compute type.
+pub(super) struct Matrix {
+    weight: Tensor,
+    /// `[outs]` f32.
+    bias: Option<Tensor>,
+}
+
+impl Cuda {
+    /// Opens GPU `ordinal`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Device`] without a driver, without such a GPU, or when it is too old.
+    pub(super) fn open(ordinal: usize, dtype: DType) -> Result<Self> {
+        driver::load()?;
+        let unavailable = |error: candle_core::Error| {
+            Error::from(error).context(format!("GPU {ordinal} cannot be used"))
+        };
+        let device = CudaDevice::new_with_stream(ordinal).map_err(unavailable)?;
+        // SAFETY: everything of this device runs on its one stream.
+        unsafe { device.disable_event_tracking() };
+        let stream = device.cuda_stream();
+        let attribute = |which| stream.context().attribute(which).map_err(failed);
+        let multiprocessors =
+            attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
+        let shared =
+            attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+        let kernels = Kernels::load(stream.context(), shared as u32)?;
+        let shared_bytes = shared as usize;
+        Ok(Self { device, stream, kernels, dtype, multiprocessors, shared_bytes })
+    }
+
+    pub(super) fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    pub(super) fn device(&self) -> Device {
+        Device::Cuda(self.device.clone())
+    }
+
+    /// Bytes that weights and activations (numbers of them) leave of `utilization` of the memory.
+    pub(super) fn memory_left(
+        &self,
+        utilization: f64,
+        weights: usize,
+        activations: usize,
+    ) -> Result<usize> {
+        let (free, total) = self.memory()?;
+        let share = ((total as f64 * utilization) as usize).min(free);
+        // A little more for what the driver and the allocator round up.
+        let needed =
+            weights * self.dtype.size_in_bytes() + activations * size_of::<f32>() + (64 << 20);
+        share.checked_sub(needed).filter(|&left| left > 0).ok_or_else(|| {
+            let message = format!(
+                "the model needs {needed} bytes of GPU memory beside its cache; {share} may be used \
+                 ({free} of {total} are free, gpu_memory_utilization is {utilization})"
+            );
+            Error::new(ErrorKind::OutOfMemory, message)
+        })
+    }
+
+    /// Free and total bytes of the GPU's memory.
+    fn memory(&self) -> Result<(usize, usize)> {
+        self.stream.context().mem_get_info().map_err(failed)
+    }
+
+    /// Memory that nobody has written yet.
+    fn empty(&self, shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
+        // SAFETY: every caller has a kernel write all of it.
+        unsafe { Tensor::empty(shape, dtype, &self.device()) }.map_err(|error| self.explain(error))
+    }
+
+    /// A vector in device memory.
+    fn upload(&self, numbers: Vec<u32>) -> Result<Tensor> {
+        let len = numbers.len();
+        Tensor::from_vec(numbers, len, &self.device()).map_err(|error| self.explain(error))
+    }
+
+    pub(super) fn zeros(&self, shape: impl Into<Shape>) -> Result<Tensor> {
+        Tensor::zeros(shape, self.dtype, &self.device()).map_err(|error| self.explain(error))
+    }
+
+    /// Numbers of any stored encoding, in device memory as the compute type.
+    pub(super) fn matrix(&self, parts: &[StoredTensor], bias: Option<Vec<f32>>) -> Result<Matrix> {
+        let shape = (parts.iter().map(StoredTensor::rows).sum::<usize>(), parts[0].cols());
+        let bytes = parts.iter().map(|part| part.data.as_slice());
+        let same = |encoding| parts.iter().all(|part| part.encoding == encoding);
+        let weight = match self.dtype {
+            DType::BF16 if same(Encoding::BF16) => self.raw(bytes, shape),
+            DType::F16 if same(Encoding::F16) => self.raw(bytes, shape),
+            DType::BF16 => {
+                Tensor::from_vec(converted(parts, bf16::from_f32), shape, &self.device())
+            }
+            DType::F16 => Tensor::from_vec(converted(parts, f16::from_f32), shape, &self.device()),
+            _ => Tensor::from_vec(converted(parts, |x| x), shape, &self.device()),
+        };
+        let weight = weight.map_err(|error| self.explain(error))?;
+        let bias = bias.map(|bias| Tensor::from_vec(bias, shape.0, &self.device())).transpose();
+        Ok(Matrix { weight, bias: bias.map_err(|error| self.explain(error))? })
+    }
+
+    fn raw<'a>(
+        &self,
+        parts: impl Iterator<Item = &'a [u8]>,
+        (rows, cols): (usize, usize),
+    ) -> candle_core::Result<Tensor> {
+        let bytes: Vec<u8> = parts.flatten().copied().collect();
+        Tensor::from_raw_buffer(&bytes, self.dtype, &[rows, cols], &self.device())
+    }
+
+    /// Says so when it was memory that was lacking.
+    fn explain(&self, error: candle_core::Error) -> Error {
+        let Some(bytes) = memory::refused(self.stream.cu_stream().cast()) else {
+            return error.into();
+        };
+        let message = match self.memory() {
+            Ok((free, total)) => {
+                format!("the GPU has no {bytes} bytes left: {free} of its {total} bytes are free")
+            }
+            Err(_) => format!("the GPU has no {bytes} bytes left"),
+        };
+        Error::new(ErrorKind::OutOfMemory, message)
+    }
+}
+
+impl Matrix {
+    pub(super) fn outs(&self) -> usize {
+        self.weight.dims()[0]
+    }
+
+    pub(super) fn cols(&self) -> usize {
+        self.weight.dims()[1]
+    }
+}
+
+fn converted<T>(parts: &[StoredTensor], convert: impl Fn(f32) -> T) -> Vec<T> {
+    let mut numbers = Vec::with_capacity(parts.iter().map(|part| part.rows() * part.cols()).sum());
+    for part in parts {
+        let mut row = vec![0.0; part.cols()];
+        for index in 0..part.rows() {
+            dequantize(part.encoding, part.row_bytes(index), &mut row);
+            numbers.extend(row.iter().map(|&x| convert(x)));
+        }
+    }
+    numbers
+}
+
+fn failed(error: impl std::fmt::Display) -> Error {
+    Error::new(ErrorKind::Device, error.to_string())
+}
+
+/// Where the numbers of a contiguous tensor lie in device memory.
+fn address(tensor: &Tensor) -> Result<Address> {
+    match tensor.dtype() {
+        DType::F32 => address_of::<f32>(tensor),
+        DType::BF16 => address_of::<bf16>(tensor),
+        DType::F16 => address_of::<f16>(tensor),
+        _ => address_of::<u32>(tensor),
+    }
+}
+
+fn address_of<T: CudaDType + candle_core::WithDType>(tensor: &Tensor) -> Result<Address> {
+    let (storage, layout): (_, &Layout) = tensor.storage_and_layout();
+    let Storage::Cuda(storage) = &*storage else {
+        return Err(Error::bug("a tensor is on another device than the backend"));
+    };
+    let slice = storage.as_cuda_slice::<T>()?;
+    let (start, _ordered) = slice.device_ptr(slice.stream());
+    Ok(start + (layout.start_offset() * size_of::<T>()) as u64)
+}

@@ -1,0 +1,296 @@
+//! The ops: shapes have been checked by the methods of [`crate::backend::Backend`].
+
+use candle_core::{DType, Tensor};
+
+use super::batch::Plan;
+use super::launch::{
+    Address, Arguments, AttentionArgs, EmbeddingArgs, GateArgs, GatedActivationArgs, GatherArgs,
+    Grid, LinearArgs, RmsNormArgs, RopeArgs,
+};
+use super::{Cuda, DeviceBatch, Matrix, address};
+use crate::backend::{AttentionOp, Batch, Heads, LayerKv, RopeOp};
+use crate::error::{Error, Result};
+use crate::spec::{QkNorm, RopePairing};
+use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
+
+const ROW_THREADS: u32 = 256;
+const ROPE_THREADS: u32 = 8 * 32;
+const ATTENTION_THREADS: u32 = 4 * 32;
+/// Rows of the weights that a block of `linear` takes, and rows of the input in a tensor-core tile.
+const TILE_OUTS: usize = 16;
+const TILE_ROWS: usize = 8;
+const LINEAR_WARPS: usize = 16;
+const EXACT_WARPS: usize = 4;
+/// Widest head that the kernels can hold.
+const MAX_HEAD_DIM: usize = 256;
+
+impl Cuda {
+    /// Queues kernel `name`, of which there is one for each compute type.
+    fn launch<A: Arguments + DeviceRepr>(&self, name: &str, grid: Grid, args: A) -> Result<()> {
+        let dtype = match self.dtype {
+            DType::F32 => "f32",
+            DType::F16 => "f16",
+            _ => "bf16",
+        };
+        self.queue(&name.replace("{}", dtype), grid, args)
+    }
+
+    fn queue<A: Arguments + DeviceRepr>(&self, name: &str, grid: Grid, args: A) -> Result<()> {
+        if grid.blocks.0 == 0 || grid.blocks.1 == 0 {
+            return Ok(());
+        }
+        // SAFETY: the ops below take the addresses from tensors whose shapes have been checked; memory
+        // that is freed after this is reused by later work of the same stream only.
+        unsafe { self.kernels.launch(&self.stream, name, grid, args) }
+    }
+
+    pub(in crate::backend) fn embedding(&self, table: &Matrix, ids: &[u32]) -> Result<Tensor> {
+        let out = self.empty((ids.len(), table.cols()), DType::F32)?;
+        let ids = self.upload(ids.to_vec())?;
+        let encoding = match self.dtype {
+            DType::F32 => 0,
+            DType::F16 => 1,
+            _ => 2,
+        };
+        let args = EmbeddingArgs {
+            table: address(&table.weight)?,
+            ids: address(&ids)?,
+            out: address(&out)?,
+            cols: table.cols() as u32,
+            encoding,
+        };
+        self.queue("embedding", Grid::each(ids.elem_count(), ROW_THREADS), args)?;
+        Ok(out)
+    }
+
+    /// Adds `x` to `residual` in place, where there is one; the norm of the sum.
+    pub(in crate::backend) fn add_rms_norm(
+        &self,
+        residual: &Tensor,
+        x: Option<&Tensor>,
+        weight: &Tensor,
+        eps: f32,
+    ) -> Result<Tensor> {
+        let out = self.empty(residual.dims(), self.dtype)?;
+        let args = RmsNormArgs {
+            residual: address(residual)?,
+            x: x.map_or(Ok(0), address)?,
+            weight: address(weight)?,
+            out: address(&out)?,
+            cols: residual.dims()[1] as u32,
+            eps,
+        };
+        self.launch("rms_norm_{}", Grid::each(residual.dims()[0], ROW_THREADS), args)?;
+        Ok(out)
+    }
+
+    /// `out_dtype`: f32 or the compute type.
+    pub(in crate::backend) fn linear(
+        &self,
+        x: &Tensor,
+        matrix: &Matrix,
+        out_dtype: DType,
+    ) -> Result<Tensor> {
+        let (rows, outs, cols) = (x.dims()[0], matrix.outs(), matrix.cols());
+        let out = self.empty((rows, outs), out_dtype)?;
+        let slice = slice_of(cols);
+        let args = LinearArgs {
+            weight: address(&matrix.weight)?,
+            x: address(x)?,
+            bias: matrix.bias.as_ref().map_or(Ok(0), address)?,
+            out: address(&out)?,
+            rows: rows as u32,
+            cols: cols as u32,
+            outs: outs as u32,
+            slice: slice as u32,
+            out_is_f32: (out_dtype == DType::F32).into(),
+        };
+        if self.dtype == DType::F32 {
+            let blocks = (outs.div_ceil(EXACT_WARPS) as u32, rows.div_ceil(TILE_ROWS) as u32);
+            let grid = Grid { blocks, threads: EXACT_WARPS as u32 * 32, shared_bytes: 0 };
+            self.queue("linear_f32", grid, args)?;
+            return Ok(out);
+        }
+        if !cols.is_multiple_of(8) {
+            return Err(Error::unsupported(format!(
+                "on a GPU, layers must have a multiple of 8 inputs; given: {cols}"
+            )));
+        }
+        let tiles = rows.div_ceil(TILE_ROWS).next_power_of_two().min(8);
+        let warps = cols.div_ceil(slice).min(LINEAR_WARPS);
+        let shared = (warps + 1) * tiles * TILE_OUTS * TILE_ROWS * size_of::<f32>();
+        debug_assert!(shared <= self.shared_bytes, "tiles and warps are few enough");
+        let blocks = (outs.div_ceil(TILE_OUTS) as u32, rows.div_ceil(tiles * TILE_ROWS) as u32);
+        let grid = Grid { blocks, threads: warps as u32 * 32, shared_bytes: shared as u32 };
+        self.launch(&format!("linear_{{}}_{tiles}"), grid, args)?;
+        Ok(out)
+    }
+
+    pub(in crate::backend) fn gated_activation(&self, x: &Tensor) -> Result<Tensor> {
+        let (rows, width) = (x.dims()[0], x.dims()[1] / 2);
+        let out = self.empty((rows, width), self.dtype)?;
+        let args = GatedActivationArgs { x: address(x)?, out: address(&out)?, width: width as u32 };
+        let blocks = (rows as u32, width.div_ceil(4 * ROW_THREADS as usize) as u32);
+        let grid = Grid { blocks, threads: ROW_THREADS, shared_bytes: 0 };
+        self.launch("gated_activation_{}", grid, args)?;
+        Ok(out)
+    }
+
+    pub(in crate::backend) fn gate_attention(
+        &self,
+        out: &Tensor,
+        qkv: &Tensor,
+        offset: usize,
+    ) -> Result<()> {
+        let args = GateArgs {
+            out: address(out)?,
+            gate: address(qkv)?,
+            width: out.dims()[1] as u32,
+            gate_width: qkv.dims()[1] as u32,
+            offset: offset as u32,
+        };
+        self.launch("gate_attention_{}", Grid::each(out.dims()[0], ROW_THREADS), args)
+    }
+
+    pub(in crate::backend) fn gather_rows(&self, x: &Tensor, rows: &[u32]) -> Result<Tensor> {
+        let out = self.empty((rows.len(), x.dims()[1]), x.dtype())?;
+        let bytes = x.dims()[1] * x.dtype().size_in_bytes();
+        if !bytes.is_multiple_of(4) {
+            return Err(Error::unsupported(format!(
+                "on a GPU, rows must be a multiple of 4 bytes; given: {bytes}"
+            )));
+        }
+        if rows.is_empty() {
+            return Ok(out);
+        }
+        let rows = self.upload(rows.to_vec())?;
+        let args = GatherArgs {
+            x: address(x)?,
+            rows: address(&rows)?,
+            out: address(&out)?,
+            words: bytes as u32 / 4,
+        };
+        self.queue("gather_rows", Grid::each(rows.elem_count(), ROW_THREADS), args)?;
+        Ok(out)
+    }
+
+    /// The batch in device memory, uploaded when it is first asked for.
+    fn placed<'a>(&self, batch: &'a Batch) -> Result<&'a DeviceBatch> {
+        if let Some(found) = batch.placement.cuda.get() {
+            return Ok(found);
+        }
+        let uploaded = DeviceBatch::upload(self, batch)?;
+        Ok(batch.placement.cuda.get_or_init(|| uploaded))
+    }
+
+    pub(in crate::backend) fn rope_and_cache(
+        &self,
+        qkv: &Tensor,
+        heads: Heads,
+        op: &RopeOp,
+        kv: &LayerKv,
+        batch: &Batch,
+    ) -> Result<()> {
+        let placed = self.placed(batch)?;
+        let (keys, values) = pages(kv)?;
+        let norm = |weight: &Option<Tensor>| weight.as_ref().map_or(Ok(0), address);
+        let args = RopeArgs {
+            qkv: address(qkv)?,
+            cos: address(&op.cos)?,
+            sin: address(&op.sin)?,
+            q_norm: norm(&op.q_norm)?,
+            k_norm: norm(&op.k_norm)?,
+            positions: placed.positions()?,
+            slots: placed.slots()?,
+            keys,
+            values,
+            heads: heads.num_heads as u32,
+            kv_heads: heads.num_kv_heads as u32,
+            dim: heads.head_dim as u32,
+            width: qkv.dims()[1] as u32,
+            adjacent: (op.pairing == RopePairing::Adjacent).into(),
+            qk_norm: match op.qk_norm {
+                QkNorm::None => 0,
+                QkNorm::BeforeRope => 1,
+                QkNorm::AfterRope => 2,
+            },
+            eps: op.eps,
+        };
+        self.launch("rope_and_cache_{}", Grid::each(qkv.dims()[0], ROPE_THREADS), args)
+    }
+
+    pub(in crate::backend) fn paged_attention(
+        &self,
+        qkv: &Tensor,
+        heads: Heads,
+        op: AttentionOp,
+        kv: &LayerKv,
+        batch: &Batch,
+    ) -> Result<Tensor> {
+        let dim = heads.head_dim;
+        let out = self.empty((qkv.dims()[0], heads.num_heads * dim), self.dtype)?;
+        let placed = self.placed(batch)?;
+        let exact = self.dtype == DType::F32;
+        let blocks_wanted = if exact { 0 } else { 2 * self.multiprocessors };
+        let plan = Plan::new(batch, heads, op.window, blocks_wanted).upload(self)?;
+        let partials = (plan.num_partials, heads.num_kv_heads * TILE_OUTS * (dim + 2));
+        let partial = self.empty(partials, DType::F32)?;
+        let (keys, values) = pages(kv)?;
+        let (num_items, items) = plan.items()?;
+        let args = AttentionArgs {
+            qkv: address(qkv)?,
+            keys,
+            values,
+            out: address(&out)?,
+            partial: address(&partial)?,
+            positions: placed.positions()?,
+            blocks: placed.blocks()?,
+            items,
+            num_items,
+            heads: heads.num_heads as u32,
+            kv_heads: heads.num_kv_heads as u32,
+            dim: dim as u32,
+            width: qkv.dims()[1] as u32,
+            window: op.window.unwrap_or(0) as u32,
+            scale: op.scale * std::f32::consts::LOG2_E,
+        };
+        let grid = |count: usize, threads| Grid {
+            blocks: (count as u32, heads.num_kv_heads as u32),
+            threads,
+            shared_bytes: 0,
+        };
+        if exact {
+            self.queue("attention_f32", grid(plan.num_items, 32), args)?;
+            return Ok(out);
+        }
+        let chunks = chunks_of(dim)?;
+        let name = format!("attention_{{}}_{chunks}");
+        self.launch(&name, grid(plan.num_items, ATTENTION_THREADS), args)?;
+        let (num_items, items) = plan.merges()?;
+        let args = AttentionArgs { items, num_items, ..args };
+        self.launch("merge_{}", grid(plan.num_merges, ATTENTION_THREADS), args)?;
+        Ok(out)
+    }
+}
+
+/// Columns of a slice of `linear`: at most 64 slices, each a multiple of what a warp loads at once.
+fn slice_of(cols: usize) -> usize {
+    128 * cols.div_ceil(128 * 64).max(1)
+}
+
+/// 32-column chunks of the attention kernel that holds heads of `dim`.
+fn chunks_of(dim: usize) -> Result<usize> {
+    if dim > MAX_HEAD_DIM || !dim.is_multiple_of(8) {
+        return Err(Error::unsupported(format!(
+            "on a GPU, head sizes must be multiples of 8 up to {MAX_HEAD_DIM}; given: {dim}"
+        )));
+    }
+    Ok([1, 2, 3, 4, 6, 8].into_iter().find(|chunks| dim <= 32 * chunks).unwrap_or(8))
+}
+
+/// Keys and values of a layer.
+fn pages(kv: &LayerKv) -> Result<(Address, Address)> {
+    let keys = address(&kv.pages)?;
+    let half = kv.pages.elem_count() / 2 * kv.pages.dtype().size_in_bytes();
+    Ok((keys, keys + half as u64))
+}

@@ -1,0 +1,200 @@
+//! Opening a device, and its memory.
+
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor};
+use half::vec::HalfBitsVecExt;
+use half::{bf16, f16};
+
+use super::cpu::{self, Cpu, Tier};
+#[cfg(feature = "cuda")]
+use super::cuda::Cuda;
+use super::{Backend, F32, Heads, Kind, LayerKv, check};
+use crate::config::{BLOCK_SIZE, DType, DeviceChoice};
+use crate::error::{Error, ErrorKind, Result};
+
+/// Bytes of KV cache on a CPU when the caller names no size.
+const CPU_CACHE_BYTES: usize = 2 << 30;
+
+/// Bytes of a device's memory for the cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CacheBudget {
+    /// What it takes when the caller names no size.
+    pub usual: usize,
+    /// What there is.
+    pub most: usize,
+}
+
+impl Backend {
+    /// The device of the caller's choice; `num_threads` is the CPU's.
+    pub fn open(device: DeviceChoice, num_threads: Option<usize>, dtype: DType) -> Result<Self> {
+        match device {
+            DeviceChoice::Cuda => Self::cuda(0, dtype),
+            DeviceChoice::Cpu => Self::cpu(num_threads, dtype),
+            DeviceChoice::Auto => {
+                Self::cuda(0, dtype).or_else(|_unusable| Self::cpu(num_threads, dtype))
+            }
+        }
+    }
+
+    /// The CPU, with `num_threads` threads (all CPUs that the process may use when `None`).
+    pub fn cpu(num_threads: Option<usize>, dtype: DType) -> Result<Self> {
+        let cpu = Arc::new(Cpu::new(num_threads, dtype, Tier::detect())?);
+        Ok(Self { device: Device::Cpu, kind: Kind::Cpu(cpu) })
+    }
+
+    /// As [`Self::cpu`] with the instructions of `tier` (see [`Self::tier`]); an error when this CPU
+    /// lacks them. For tests and comparisons.
+    pub fn cpu_with_tier(num_threads: Option<usize>, dtype: DType, tier: &str) -> Result<Self> {
+        let cpu = Arc::new(Cpu::new(num_threads, dtype, Tier::parse(tier)?)?);
+        Ok(Self { device: Device::Cpu, kind: Kind::Cpu(cpu) })
+    }
+
+    /// GPU `ordinal`. [`DType::Auto`] is bf16 there.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Device`] without a driver or such a GPU, [`ErrorKind::Unsupported`] in a build
+    /// without the feature `cuda`.
+    #[cfg_attr(not(feature = "cuda"), allow(unused_variables, clippy::missing_const_for_fn))]
+    pub fn cuda(ordinal: usize, dtype: DType) -> Result<Self> {
+        #[cfg(feature = "cuda")]
+        {
+            let cuda = Cuda::open(ordinal, float_type(dtype))?;
+            Ok(Self { device: cuda.device(), kind: Kind::Cuda(Arc::new(cuda)) })
+        }
+        #[cfg(not(feature = "cuda"))]
+        Err(Error::unsupported("device \"cuda\": this build has no CUDA; use \"cpu\" or \"auto\""))
+    }
+
+    /// The tiers that this CPU has, narrowest first.
+    #[must_use]
+    pub fn cpu_tiers() -> Vec<&'static str> {
+        Tier::ALL.into_iter().filter(|tier| tier.is_present()).map(Tier::name).collect()
+    }
+
+    /// The candle device of the tensors.
+    #[must_use]
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// `cpu` or `cuda`.
+    #[must_use]
+    pub fn device_name(&self) -> &'static str {
+        if self.device.is_cuda() { "cuda" } else { "cpu" }
+    }
+
+    /// Prompt tokens that a step with decode rows should compute at most, so that it does not take a
+    /// few times as long as one without.
+    #[must_use]
+    pub fn prefill_beside_decode(&self) -> usize {
+        if self.device.is_cuda() { 256 } else { 32 }
+    }
+
+    /// Instruction tier, e.g. `avx512bf16`, `avx2`, `portable`; `cuda` for a GPU.
+    #[must_use]
+    pub fn tier(&self) -> &'static str {
+        match &self.kind {
+            Kind::Cpu(cpu) => cpu.tier().name(),
+            #[cfg(feature = "cuda")]
+            Kind::Cuda(_) => "cuda",
+        }
+    }
+
+    /// Threads that the kernels use; 1 for a GPU.
+    #[must_use]
+    pub fn num_threads(&self) -> usize {
+        match &self.kind {
+            Kind::Cpu(cpu) => cpu.threads(),
+            #[cfg(feature = "cuda")]
+            Kind::Cuda(_) => 1,
+        }
+    }
+
+    /// Type of activations.
+    #[must_use]
+    pub fn activation_dtype(&self) -> candle_core::DType {
+        match &self.kind {
+            Kind::Cpu(_) => F32,
+            #[cfg(feature = "cuda")]
+            Kind::Cuda(cuda) => cuda.dtype(),
+        }
+    }
+
+    /// Empty pages for one layer. On the CPU memory is committed when it is first written.
+    pub fn layer_kv(&self, num_blocks: usize, heads: Heads) -> Result<LayerKv> {
+        check::heads(heads)?;
+        let page = heads.num_kv_heads * BLOCK_SIZE * heads.head_dim;
+        let shape = (2, num_blocks, page);
+        let len = page.checked_mul(2 * num_blocks).filter(|&len| len < isize::MAX as usize / 4);
+        let len = len.ok_or_else(|| {
+            Error::new(
+                ErrorKind::OutOfMemory,
+                format!("a cache of {num_blocks} blocks is too large"),
+            )
+        })?;
+        #[cfg(feature = "cuda")]
+        if let Kind::Cuda(cuda) = &self.kind {
+            return Ok(LayerKv { pages: cuda.zeros(shape)? });
+        }
+        // Zeros of a primitive type come from the system untouched, those of `bf16` do not.
+        let device = &self.device;
+        let pages = match self.kv_dtype() {
+            F32 => Tensor::from_vec(vec![0f32; len], shape, device),
+            candle_core::DType::F16 => {
+                Tensor::from_vec(vec![0u16; len].reinterpret_into::<f16>(), shape, device)
+            }
+            _ => Tensor::from_vec(vec![0u16; len].reinterpret_into::<bf16>(), shape, device),
+        };
+        Ok(LayerKv { pages: pages? })
+    }
+
+    /// Memory for the cache beside `weights` numbers of weights and `activations` numbers of
+    /// activations. On the CPU 2 GiB, or half of a smaller memory, are usual; on a GPU all that is
+    /// left of `utilization` of its memory.
+    ///
+    /// # Errors
+    /// [`ErrorKind::OutOfMemory`] when weights and activations alone do not fit a GPU.
+    #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
+    pub fn cache_budget(
+        &self,
+        utilization: f64,
+        weights: usize,
+        activations: usize,
+    ) -> Result<CacheBudget> {
+        match &self.kind {
+            Kind::Cpu(_) => {
+                let memory = cpu::memory_limit().unwrap_or(isize::MAX as usize);
+                Ok(CacheBudget { usual: CPU_CACHE_BYTES.min(memory / 2), most: memory })
+            }
+            #[cfg(feature = "cuda")]
+            Kind::Cuda(cuda) => {
+                let left = cuda.memory_left(utilization, weights, activations)?;
+                Ok(CacheBudget { usual: left, most: left })
+            }
+        }
+    }
+
+    /// Bytes that one cached token of one layer takes.
+    #[must_use]
+    pub fn kv_bytes_per_token(&self, heads: Heads) -> usize {
+        2 * heads.num_kv_heads * heads.head_dim * self.kv_dtype().size_in_bytes()
+    }
+
+    pub(super) fn kv_dtype(&self) -> candle_core::DType {
+        match &self.kind {
+            Kind::Cpu(cpu) => float_type(cpu.dtype()),
+            #[cfg(feature = "cuda")]
+            Kind::Cuda(cuda) => cuda.dtype(),
+        }
+    }
+}
+
+/// The float type that a precision is stored in.
+fn float_type(dtype: DType) -> candle_core::DType {
+    match dtype {
+        DType::Float32 => F32,
+        DType::Float16 => candle_core::DType::F16,
+        DType::Auto | DType::BFloat16 => candle_core::DType::BF16,
+    }
+}

@@ -1,0 +1,401 @@
+//! The CUDA kernels on the emulated GPU: every op against `backend::reference`, batch invariance bit for
+//! bit, and the emulator's own promise that faults do not go by unseen.
+
+#![cfg(feature = "cuda-emulator")]
+#![allow(clippy::unwrap_used)] // A failure is the test's.
+
+mod backend_support;
+
+use astrai_rs::backend::{
+    AttentionOp, Backend, Batch, Heads, LayerKv, RopeOp, Run, emulator, reference,
+};
+use astrai_rs::cache::block::BlockId;
+use astrai_rs::config::DType;
+use astrai_rs::spec::{Activation, QkNorm, RopePairing};
+use astrai_rs::weights::Encoding;
+use backend_support::{Random, assert_close, batch_of, round_like_cache, stored};
+use candle_core::{DType as CandleType, Device, Tensor};
+
+const DTYPES: [DType; 3] = [DType::Float32, DType::BFloat16, DType::Float16];
+
+fn gpu(dtype: DType) -> Backend {
+    Backend::cuda(0, dtype).unwrap()
+}
+
+/// Numbers that the compute type holds, and a tensor of them on the GPU.
+fn activations(backend: &Backend, x: &mut [f32], shape: &[usize]) -> Tensor {
+    let dtype = backend.activation_dtype();
+    for x in x.iter_mut() {
+        *x = round_like_cache(*x, dtype);
+    }
+    floats(backend, x, shape, dtype)
+}
+
+fn floats(backend: &Backend, x: &[f32], shape: &[usize], dtype: CandleType) -> Tensor {
+    let tensor = Tensor::from_slice(x, shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+    tensor.to_device(backend.device()).unwrap()
+}
+
+fn residual(backend: &Backend, x: &[f32], shape: &[usize]) -> Tensor {
+    floats(backend, x, shape, CandleType::F32)
+}
+
+fn values(x: &Tensor) -> Vec<f32> {
+    let x = x.to_device(&Device::Cpu).unwrap().to_dtype(CandleType::F32).unwrap();
+    x.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+fn bits(x: &Tensor) -> Vec<u32> {
+    values(x).into_iter().map(f32::to_bits).collect()
+}
+
+/// Rounding of one result in the compute type, and room for the order of sums.
+fn grain(dtype: DType) -> f32 {
+    match dtype {
+        DType::Float32 => 1e-5,
+        DType::Float16 => 1.5e-3,
+        _ => 1e-2,
+    }
+}
+
+#[test]
+fn linear_matches_the_reference() {
+    let mut random = Random::new(1);
+    for dtype in DTYPES {
+        let backend = gpu(dtype);
+        for (cols, out) in [(8, 1), (24, 16), (48, 33), (136, 17), (576, 40), (2560, 24)] {
+            let weight = stored(&mut random, &[out, cols], Encoding::F32);
+            let plain: Vec<f32> = values(&backend.vector(&weight).unwrap())
+                .into_iter()
+                .map(|x| round_like_cache(x, backend.activation_dtype()))
+                .collect();
+            let bias = random.floats(out);
+            let packed = backend.pack(&[weight], Some(bias.clone())).unwrap();
+            for rows in [1, 3, 8, 9, 17, 40, 70] {
+                let mut x = random.floats(rows * cols);
+                let given = activations(&backend, &mut x, &[rows, cols]);
+                let want = reference::linear(&x, &plain, cols, Some(&bias));
+                let what = || format!("{dtype:?} {rows}x{cols}x{out}");
+                let got = backend.logits(&given, &packed).unwrap();
+                assert_close(&values(&got), &want, 2e-5 * (cols as f32).sqrt(), what);
+                let got = backend.linear(&given, &packed).unwrap();
+                assert_eq!(got.dims(), [rows, out]);
+                let tolerance = grain(dtype).max(2e-5 * (cols as f32).sqrt());
+                assert_close(&values(&got), &want, tolerance, what);
+            }
+        }
+    }
+}
+
+#[test]
+fn weights_of_every_encoding_stack() {
+    let mut random = Random::new(2);
+    for dtype in DTYPES {
+        let backend = gpu(dtype);
+        let encodings =
+            [Encoding::F32, Encoding::F16, Encoding::BF16, Encoding::Q4_0, Encoding::Q4_1]
+                .into_iter()
+                .chain([Encoding::Q8_0]);
+        let parts: Vec<_> = encodings
+            .zip([5, 32, 33, 17, 64, 3])
+            .map(|(e, out)| stored(&mut random, &[out, 64], e))
+            .collect();
+        let plain: Vec<f32> =
+            parts.iter().flat_map(|part| values(&backend.vector(part).unwrap())).collect();
+        let mut x = random.floats(2 * 64);
+        let given = activations(&backend, &mut x, &[2, 64]);
+        let packed = backend.pack(&parts, None).unwrap();
+        let got = values(&backend.linear(&given, &packed).unwrap());
+        assert_close(&got, &reference::linear(&x, &plain, 64, None), 8.0 * grain(dtype), || {
+            format!("{dtype:?}")
+        });
+    }
+}
+
+#[test]
+fn a_row_of_linear_does_not_depend_on_its_batch() {
+    let mut random = Random::new(3);
+    for dtype in DTYPES {
+        let backend = gpu(dtype);
+        let packed = backend.pack(&[stored(&mut random, &[20, 328], Encoding::F32)], None).unwrap();
+        let x = activations(&backend, &mut random.floats(70 * 328), &[70, 328]);
+        let whole = bits(&backend.logits(&x, &packed).unwrap());
+        for (start, len) in [(0, 1), (69, 1), (5, 2), (3, 8), (11, 9), (1, 17), (20, 33), (2, 64)] {
+            let part = bits(&backend.logits(&x.narrow(0, start, len).unwrap(), &packed).unwrap());
+            assert_eq!(part, whole[start * 20..(start + len) * 20], "{dtype:?} rows {start}+{len}");
+        }
+    }
+}
+
+#[test]
+fn norms_match_the_reference() {
+    let mut random = Random::new(4);
+    for dtype in DTYPES {
+        let backend = gpu(dtype);
+        for (rows, cols) in [(1, 8), (7, 33), (3, 576)] {
+            let (x, mut y) = (random.floats(rows * cols), random.floats(rows * cols));
+            let weight = random.floats(cols);
+            let device_weight = residual(&backend, &weight, &[cols]);
+            let sum = residual(&backend, &x, &[rows, cols]);
+            let what = || format!("{dtype:?} {rows}x{cols}");
+            let got = backend.rms_norm(&sum, &device_weight, 1e-5).unwrap();
+            assert_close(
+                &values(&got),
+                &reference::rms_norm(&x, &weight, 1e-5),
+                grain(dtype),
+                what,
+            );
+
+            let added = activations(&backend, &mut y, &[rows, cols]);
+            let got = backend.add_rms_norm(&sum, &added, &device_weight, 1e-5).unwrap();
+            let want: Vec<_> = x.iter().zip(&y).map(|(x, y)| x + y).collect();
+            assert_eq!(values(&sum), want);
+            let norm = reference::rms_norm(&want, &weight, 1e-5);
+            assert_close(&values(&got), &norm, grain(dtype), what);
+        }
+    }
+}
+
+#[test]
+fn activations_and_gates_match_the_reference() {
+    let mut random = Random::new(5);
+    for dtype in DTYPES {
+        let backend = gpu(dtype);
+        for (rows, width) in [(1, 6), (3, 16), (4, 1300)] {
+            let mut x = random.floats(rows * 2 * width);
+            (x[0], x[1]) = (-200.0, 200.0);
+            let given = activations(&backend, &mut x, &[rows, 2 * width]);
+            let what = || format!("{dtype:?} {rows}x{width}");
+            let got = backend.gated_activation(&given, Activation::Silu).unwrap();
+            let want = reference::gated_activation(&x, width, Activation::Silu);
+            assert_close(&values(&got), &want, grain(dtype), what);
+
+            let mut want = random.floats(rows * width);
+            let out = activations(&backend, &mut want, &[rows, width]);
+            backend.gate_attention(&out, &given, width / 2).unwrap();
+            reference::gate_attention((&mut want, width), (&x, 2 * width), width / 2);
+            assert_close(&values(&out), &want, grain(dtype), what);
+        }
+    }
+}
+
+#[test]
+fn embedding_and_gather_pick_rows() {
+    let mut random = Random::new(6);
+    for dtype in DTYPES {
+        let backend = gpu(dtype);
+        let matrix = stored(&mut random, &[9, 64], Encoding::BF16);
+        let all = values(&backend.vector(&matrix).unwrap());
+        let table = backend.table(matrix).unwrap();
+        let rows = backend.embedding(&table, &[8, 0, 8]).unwrap();
+        let want: Vec<_> =
+            [8, 0, 8].into_iter().flat_map(|id| all[id * 64..][..64].to_vec()).collect();
+        assert_close(&values(&rows), &want, 1e-3, || format!("{dtype:?}"));
+        let got = backend.gather_rows(&rows, &[1, 1, 0]).unwrap();
+        assert_eq!(
+            values(&got),
+            [&values(&rows)[64..128], &values(&rows)[64..128], &values(&rows)[..64]].concat()
+        );
+        let error = backend.embedding(&table, &[9]).unwrap_err().to_string();
+        assert!(error.contains("below 9") && error.contains("given: 9"), "{error}");
+        let tied = backend.tied(&table).unwrap();
+        assert_eq!((tied.in_features(), tied.out_features()), (64, 9));
+    }
+}
+
+fn rope_op(
+    random: &mut Random,
+    backend: &Backend,
+    head_dim: usize,
+    case: usize,
+    positions: usize,
+) -> (RopeOp, reference::Rope) {
+    let half = head_dim / 2;
+    let angles = random.floats(positions * half);
+    let table = |f: fn(f32) -> f32| angles.iter().map(|&x| f(3.0 * x)).collect::<Vec<_>>();
+    let (cos, sin) = (table(f32::cos), table(f32::sin));
+    let qk_norm = [QkNorm::None, QkNorm::BeforeRope, QkNorm::AfterRope][case % 3];
+    let norms = (random.floats(head_dim), random.floats(head_dim));
+    let plain = reference::Rope {
+        cos,
+        sin,
+        pairing: [RopePairing::HalfSplit, RopePairing::Adjacent][case % 2],
+        qk_norm,
+        norms: (qk_norm != QkNorm::None).then_some(norms),
+        eps: 1e-5,
+    };
+    let norm = |weight: &Vec<f32>| residual(backend, weight, &[head_dim]);
+    let op = RopeOp {
+        cos: residual(backend, &plain.cos, &[positions, half]),
+        sin: residual(backend, &plain.sin, &[positions, half]),
+        pairing: plain.pairing,
+        qk_norm,
+        q_norm: plain.norms.as_ref().map(|(q, _)| norm(q)),
+        k_norm: plain.norms.as_ref().map(|(_, k)| norm(k)),
+        eps: plain.eps,
+    };
+    (op, plain)
+}
+
+/// Every size of the kernels, groups within a tile of 16 queries and across, padded and full columns.
+const HEADS: [(usize, usize, usize); 12] = [
+    (4, 4, 8),
+    (3, 1, 16),
+    (9, 3, 64),
+    (24, 4, 64),
+    (10, 2, 80),
+    (6, 2, 96),
+    (7, 1, 128),
+    (40, 2, 32),
+    (4, 4, 160),
+    (2, 1, 192),
+    (16, 1, 200),
+    (2, 1, 256),
+];
+
+#[test]
+fn rope_attention_and_cache_match_the_reference() {
+    let mut random = Random::new(7);
+    for dtype in DTYPES {
+        let backend = gpu(dtype);
+        for (case, (num_heads, num_kv_heads, head_dim)) in HEADS.into_iter().enumerate() {
+            let heads = Heads { num_heads, num_kv_heads, head_dim };
+            let window = [None, Some(1), Some(17), Some(64)][case % 4];
+            check_attention(&mut random, &backend, dtype, heads, (case, window));
+        }
+    }
+}
+
+/// Two steps: three sequences of 15, 16 and 330 tokens, then one more token for each.
+fn check_attention(
+    random: &mut Random,
+    backend: &Backend,
+    dtype: DType,
+    heads: Heads,
+    (case, window): (usize, Option<usize>),
+) {
+    let (op, plain) = rope_op(random, backend, heads.head_dim, case, 340);
+    let num_blocks = 28;
+    let queries = heads.num_heads * heads.head_dim;
+    let keys = heads.num_kv_heads * heads.head_dim;
+    let width = queries + 2 * keys + 8;
+    let kv = backend.layer_kv(num_blocks, heads).unwrap();
+    let mut cache = reference::Cache::new(num_blocks, heads);
+    let attention = AttentionOp { scale: 0.7 / (heads.head_dim as f32).sqrt(), window };
+    let tables = batch_of(&[(0..16, 0), (16..33, 0), (33..364, 0)], num_blocks as u32, random);
+    for lens in [[(0, 15), (0, 16), (0, 330)], [(15, 1), (16, 1), (330, 1)]] {
+        let batch = step_of(&tables, lens);
+        let rows = batch.positions.len();
+        let mut qkv = random.floats(rows * width);
+        let given = activations(backend, &mut qkv, &[rows, width]);
+        backend.rope_and_cache(&given, heads, &op, &kv, &batch).unwrap();
+        reference::rope(&mut qkv, width, heads, &plain, &batch.positions);
+        let what = || format!("{dtype:?} {heads:?} window {window:?} {rows} rows");
+        let rotated = values(&given);
+        for (got, want) in rotated.chunks(width).zip(qkv.chunks(width)) {
+            assert_close(&got[..queries], &want[..queries], grain(dtype), || {
+                format!("rope {}", what())
+            });
+        }
+        // Attention from the GPU's own queries; the cache has what the reference rounds to.
+        for (own, got) in qkv.chunks_mut(width).zip(rotated.chunks(width)) {
+            own[..queries].copy_from_slice(&got[..queries]);
+        }
+        let stored = backend.activation_dtype();
+        cache.write((&qkv, width), heads, &batch, |x| round_like_cache(x, stored));
+        let got = backend.paged_attention(&given, heads, attention, &kv, &batch).unwrap();
+        let want = reference::paged_attention((&qkv, width), heads, attention, &cache, &batch);
+        assert_close(&values(&got), &want, 2.0 * grain(dtype), || format!("attention {}", what()));
+    }
+}
+
+fn step_of(tables: &Batch, lens: [(u32, u32); 3]) -> Batch {
+    let mut batch = Batch { blocks: tables.blocks.clone(), ..Batch::default() };
+    for ((start, len), run) in lens.into_iter().zip(&tables.runs) {
+        let row = batch.positions.len();
+        batch.positions.extend(start..start + len);
+        batch.runs.push(Run { rows: row..row + len as usize, blocks: run.blocks.clone() });
+    }
+    batch
+}
+
+#[test]
+fn a_row_of_attention_does_not_depend_on_its_batch() {
+    let mut random = Random::new(8);
+    for dtype in DTYPES {
+        let backend = gpu(dtype);
+        for ((num_heads, num_kv_heads, head_dim), window) in
+            [((3, 1, 64), None), ((4, 2, 16), Some(300)), ((1, 1, 32), Some(33))]
+        {
+            let heads = Heads { num_heads, num_kv_heads, head_dim };
+            check_cuts(&mut random, &backend, heads, window);
+        }
+    }
+}
+
+/// One prefill of 600 tokens; the same rows again in random chunks beside another sequence.
+fn check_cuts(random: &mut Random, backend: &Backend, heads: Heads, window: Option<usize>) {
+    let len = 600;
+    let width = (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim;
+    let size = heads.num_heads * heads.head_dim;
+    let (op, _) = rope_op(random, backend, heads.head_dim, 0, len);
+    let attention = AttentionOp { scale: 0.3, window };
+    let mut qkv = random.floats(len * width);
+    let whole = batch_of(&[(0..len, 0)], 40, random);
+    let run = |kv: &LayerKv, x: &Tensor, batch: &Batch| {
+        backend.rope_and_cache(x, heads, &op, kv, batch).unwrap();
+        bits(&backend.paged_attention(x, heads, attention, kv, batch).unwrap())
+    };
+    let given = activations(backend, &mut qkv, &[len, width]);
+    let want = run(&backend.layer_kv(80, heads).unwrap(), &given, &whole);
+
+    let kv = backend.layer_kv(80, heads).unwrap();
+    let mut start = 0;
+    while start < len {
+        let chunk = [1, 7, 64, 200][random.below(4)].min(len - start);
+        let other = random.below(20) + 1;
+        // The other sequence has blocks 40 and 41, and rows in front.
+        let mut batch = Batch { blocks: [40, 41].map(BlockId).to_vec(), ..Batch::default() };
+        batch.blocks.extend(&whole.blocks);
+        batch.positions.extend(0..other as u32);
+        batch.positions.extend(start as u32..(start + chunk) as u32);
+        batch.runs.push(Run { rows: 0..other, blocks: 0..2 });
+        batch.runs.push(Run { rows: other..other + chunk, blocks: 2..batch.blocks.len() });
+        let mut part = random.floats(other * width);
+        part.extend(&qkv[start * width..(start + chunk) * width]);
+        let part = activations(backend, &mut part, &[other + chunk, width]);
+        let got = run(&kv, &part, &batch);
+        let differs =
+            got[other * size..].iter().zip(&want[start * size..]).position(|(a, b)| a != b);
+        assert_eq!(
+            differs, None,
+            "{heads:?} window {window:?} rows {start}+{chunk} behind {other}"
+        );
+        start += chunk;
+    }
+}
+
+#[test]
+fn steps_of_a_size_that_has_run_take_no_memory_from_the_driver() {
+    let mut random = Random::new(9);
+    let backend = gpu(DType::BFloat16);
+    let packed = backend.pack(&[stored(&mut random, &[64, 64], Encoding::BF16)], None).unwrap();
+    let x = activations(&backend, &mut random.floats(4 * 64), &[4, 64]);
+    let step = || drop(backend.linear(&backend.linear(&x, &packed).unwrap(), &packed).unwrap());
+    step();
+    let before = emulator::count(c"allocations");
+    (0..5).for_each(|_| step());
+    assert_eq!(emulator::count(c"allocations"), before);
+}
+
+#[test]
+fn what_the_gpu_cannot_do_is_an_error_that_says_so() {
+    let mut random = Random::new(10);
+    let backend = gpu(DType::BFloat16);
+    let packed = backend.pack(&[stored(&mut random, &[4, 36], Encoding::F32)], None).unwrap();
+    let x = activations(&backend, &mut random.floats(36), &[1, 36]);
+    let error = backend.linear(&x, &packed).unwrap_err().to_string();
+    assert!(error.contains("multiple of 8 inputs; given: 36"), "{error}");
+    let error = Backend::cuda(1, DType::Auto).unwrap_err().to_string();
+    assert!(error.contains("GPU 1 cannot be used"), "{error}");
+}

@@ -1,0 +1,102 @@
+//! Whole models on the emulated GPU: reference logits in every compute type, and the engine's promise
+//! that an output does not depend on what else runs.
+
+#![cfg(feature = "cuda-emulator")]
+
+mod fake;
+mod golden_support;
+
+use astrai_rs::backend::Backend;
+use astrai_rs::checkpoint;
+use astrai_rs::config::{DType, EngineConfig};
+use astrai_rs::engine::Engine;
+use astrai_rs::sampler::SamplingOptions;
+use fake::{Outputs, Rng, request, run};
+use golden_support::{Golden, fixture, logit_error, runner};
+
+fn gpu(dtype: DType) -> Backend {
+    Backend::cuda(0, dtype).expect("the emulated GPU")
+}
+
+goldens!(|name| {
+    golden_support::check(name, gpu(DType::Float32));
+    if name != "astrai-24q4kv" {
+        check_logits(name, DType::BFloat16, 0.08); // its heads of 4 are not for tensor cores
+    }
+});
+
+fn check_logits(name: &str, dtype: DType, tolerance: f32) {
+    let error = logit_error(&Golden::read(name), &mut runner(name, gpu(dtype)));
+    assert!(error <= tolerance, "{name} {dtype:?}: |Δlogit| of {error:e}");
+}
+
+#[test]
+fn float16_is_closer_than_bfloat16() {
+    for name in ["llama", "mistral-swa", "astrai-qknorm-gated"] {
+        check_logits(name, DType::Float16, 0.012);
+    }
+}
+
+fn random_requests(vocab: usize) -> Vec<(Vec<u32>, SamplingOptions)> {
+    let mut rng = Rng(7);
+    let mut begun: Vec<u32> = Vec::new();
+    let requests = (0..16).map(|seed| {
+        let mut prompt = if rng.chance(50) { begun.clone() } else { Vec::new() };
+        prompt.extend((0..=rng.below(40)).map(|_| rng.below(vocab) as u32));
+        begun.clone_from(&prompt);
+        begun.truncate(30);
+        let options = SamplingOptions {
+            max_tokens: 1 + rng.below(8) as i64,
+            temperature: [0.0, 0.8][rng.below(2)],
+            seed: Some(seed),
+            logprobs: Some(2),
+            ..SamplingOptions::default()
+        };
+        (prompt, options)
+    });
+    requests.collect()
+}
+
+fn outputs(
+    name: &str,
+    dtype: DType,
+    config: &EngineConfig,
+    requests: &[(Vec<u32>, SamplingOptions)],
+    alone: bool,
+) -> Outputs {
+    let mut engine = Engine::new(runner(name, gpu(dtype)), config.clone()).expect("valid");
+    let mut outputs = Outputs::new();
+    for (prompt, options) in requests {
+        engine.submit(request(prompt.clone(), options, config)).expect("fits");
+        if alone {
+            outputs.extend(run(&mut engine));
+        }
+    }
+    outputs.extend(run(&mut engine));
+    outputs
+}
+
+#[test]
+fn outputs_do_not_depend_on_batch_chunks_cache_or_preemption() {
+    for (name, dtype) in [
+        ("llama", DType::BFloat16),
+        ("mistral-swa", DType::BFloat16),
+        ("astrai-qknorm-gated", DType::Float16),
+        ("qwen3", DType::Float32),
+    ] {
+        let vocab_size = checkpoint::load(&fixture(name)).expect("loads").spec.vocab_size;
+        let base = EngineConfig { vocab_size, num_blocks: 32, ..fake::config() };
+        let requests = random_requests(vocab_size);
+        let no_hits = EngineConfig { enable_prefix_caching: false, ..base.clone() };
+        let alone = outputs(name, dtype, &no_hits, &requests, true);
+        for config in [
+            base.clone(),
+            EngineConfig { num_blocks: 10, ..base.clone() },
+            EngineConfig { max_num_batched_tokens: 7, ..base.clone() },
+            EngineConfig { prefill_beside_decode: 3, ..no_hits },
+        ] {
+            let together = outputs(name, dtype, &config, &requests, false);
+            assert_eq!(together, alone, "{name} {dtype:?} {config:?}");
+        }
+    }
+}
