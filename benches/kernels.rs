@@ -206,9 +206,10 @@ fn rows(bench: &mut Bench) {
         });
         let vocabulary = stored(49152, HIDDEN, Encoding::Q8_0);
         let table = backend.table(vocabulary).expect("a matrix");
-        let ids: Vec<u32> = (0..rows as u32).map(|i| i * 7919 % 49152).collect();
+        let ids = (0..rows as u32).map(|i| i * 7919 % 49152).collect();
+        let batch = Batch { ids, ..Batch::default() };
         bench.run(&format!("embedding {rows}"), bytes, "GB/s", || {
-            black_box(backend.embedding(&table, &ids).expect("looks up"));
+            black_box(backend.embedding(&table, &batch).expect("looks up"));
         });
     }
 }

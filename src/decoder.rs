@@ -54,20 +54,19 @@ impl Decoder {
         Ok(Self { embed, layers, norm, lm_head, norm_eps: spec.norm_eps })
     }
 
-    /// Computes `ids` (packed, placed by `batch`), writes their keys and values to `kv`, and returns
+    /// Computes the tokens of `batch`, writes their keys and values to `kv`, and returns
     /// the logits `[rows, vocab]` of `rows`, or `None` when there are none. `beat` is called once per
     /// layer.
     pub fn forward(
         &self,
         backend: &Backend,
-        ids: &[u32],
         batch: &Batch,
         kv: &KvPool,
         rows: &[u32],
         beat: &dyn Fn(),
     ) -> Result<Option<Tensor>> {
         let eps = self.norm_eps;
-        let mut residual = backend.embedding(&self.embed, ids)?; // [tokens, hidden]
+        let mut residual = backend.embedding(&self.embed, batch)?; // [tokens, hidden]
         let mut x = backend.rms_norm(&residual, &self.layers[0].attn_norm, eps)?;
         for (index, layer) in self.layers.iter().enumerate() {
             beat();
@@ -76,7 +75,7 @@ impl Decoder {
             if last && rows.is_empty() {
                 return Ok(None);
             }
-            if last && rows.len() < ids.len() {
+            if last && rows.len() < batch.ids.len() {
                 // Past the last cache write only the rows with logits matter.
                 residual = backend.gather_rows(&residual, rows)?;
                 heads = backend.gather_rows(&heads, rows)?;

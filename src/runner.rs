@@ -1,13 +1,13 @@
 //! [`Runner`]: a [`Step`] → packed batch → [`Decoder`] → logits rows.
 
-use crate::backend::{Backend, Batch, CacheBudget, Heads, Run};
+use crate::backend::{Backend, Batch, CacheBudget, DecodeGraphs, Heads, Run};
 use crate::cache::pool::KvPool;
 use crate::checkpoint::Checkpoint;
 use crate::config::BLOCK_SIZE;
 use crate::decoder::Decoder;
 use crate::error::{Error, ErrorKind, Result};
 use crate::spec::ModelSpec;
-use crate::step::{Forward, LogitRows, Logits, Step};
+use crate::step::{Chunk, Forward, LogitRows, Logits, Step};
 
 /// Share of a GPU's memory that an engine takes when the caller names none.
 const GPU_MEMORY_UTILIZATION: f64 = 0.9;
@@ -93,7 +93,11 @@ impl CapacityRequest {
 pub struct Runner {
     decoder: Decoder,
     kv: KvPool,
+    graphs: Option<DecodeGraphs>,
     backend: Backend,
+    heads: Heads,
+    /// Of all layers.
+    windows: Vec<Option<usize>>,
     vocab_size: usize,
 }
 
@@ -121,31 +125,45 @@ impl Runner {
         let max_positions = capacity.max_model_len.min(capacity.num_blocks * BLOCK_SIZE + 1);
         let decoder = Decoder::load(&spec, weights, &backend, max_positions)?;
         let kv = KvPool::new(&backend, spec.num_layers, capacity.num_blocks, heads)?;
-        Ok((Self { backend, decoder, kv, vocab_size: spec.vocab_size }, capacity))
+        let (windows, vocab_size) = (spec.attention.windows, spec.vocab_size);
+        let largest = (request.max_num_seqs, capacity.max_model_len);
+        let graphs = backend.decode_graphs(heads, &windows, largest)?;
+        Ok((Self { decoder, kv, graphs, backend, heads, windows, vocab_size }, capacity))
     }
 }
 
 impl Forward for Runner {
     fn forward(&mut self, step: &Step<'_>, beat: &dyn Fn()) -> Result<Logits> {
-        let (mut ids, mut batch, mut rows) = (Vec::new(), Batch::default(), Vec::new());
+        let (mut batch, mut rows) = (Batch::default(), Vec::new());
         for chunk in &step.chunks {
-            let (first, first_block) = (ids.len(), batch.blocks.len());
-            ids.extend_from_slice(chunk.tokens);
+            let (first, first_block) = (batch.ids.len(), batch.blocks.len());
+            batch.ids.extend_from_slice(chunk.tokens);
             batch
                 .positions
                 .extend((chunk.start..chunk.start + chunk.tokens.len()).map(|p| p as u32));
             batch.blocks.extend_from_slice(chunk.blocks);
-            batch
-                .runs
-                .push(Run { rows: first..ids.len(), blocks: first_block..batch.blocks.len() });
-            let end = ids.len() as u32;
+            batch.runs.push(Run {
+                rows: first..batch.ids.len(),
+                blocks: first_block..batch.blocks.len(),
+            });
+            let end = batch.ids.len() as u32;
             match chunk.logits {
                 LogitRows::None => {}
                 LogitRows::Last => rows.push(end - 1),
                 LogitRows::All => rows.extend(first as u32..end),
             }
         }
-        let logits = self.decoder.forward(&self.backend, &ids, &batch, &self.kv, &rows, beat)?;
+        let (backend, decoder, kv) = (&self.backend, &self.decoder, &self.kv);
+        let pass = |batch: &Batch, rows: &[u32]| decoder.forward(backend, batch, kv, rows, beat);
+        let decodes = step.chunks.iter().all(Chunk::decodes);
+        let logits = if let Some(graphs) = self.graphs.as_mut().filter(|_| decodes) {
+            graphs.run(batch, |batch: &Batch| {
+                pass(batch, &(0..batch.ids.len() as u32).collect::<Vec<_>>())
+            })?
+        } else {
+            backend.place(&mut batch, self.heads, &self.windows)?;
+            pass(&batch, &rows)?
+        };
         let values =
             logits.map_or(Ok(Vec::new()), |logits| logits.flatten_all()?.to_vec1::<f32>())?;
         Ok(Logits { values, vocab_size: self.vocab_size })

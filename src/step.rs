@@ -27,6 +27,14 @@ pub struct Chunk<'a> {
     pub logits: LogitRows,
 }
 
+impl Chunk<'_> {
+    /// Whether it is one row, from which the next token is sampled.
+    #[must_use]
+    pub fn decodes(&self) -> bool {
+        self.tokens.len() == 1 && self.logits == LogitRows::Last
+    }
+}
+
 /// The work of one forward pass.
 #[derive(Debug, Default)]
 pub struct Step<'a> {

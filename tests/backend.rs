@@ -246,10 +246,13 @@ fn embedding_and_gather_pick_rows() {
         let stored = stored(&mut random, &[9, 64], encoding);
         let all = backend.vector(&stored).unwrap();
         let table = backend.table(stored).unwrap();
-        let got = backend.embedding(&table, &[8, 0, 8]).unwrap();
+        let lookup = |ids: &[u32]| {
+            backend.embedding(&table, &Batch { ids: ids.to_vec(), ..Batch::default() })
+        };
+        let got = lookup(&[8, 0, 8]).unwrap();
         assert_eq!(bits(&got), bits(&backend.gather_rows(&all, &[8, 0, 8]).unwrap()));
         assert_eq!(values(&got)[..64], values(&all)[8 * 64..]);
-        let error = backend.embedding(&table, &[9]).unwrap_err().to_string();
+        let error = lookup(&[9]).unwrap_err().to_string();
         assert!(error.contains("below 9") && error.contains("given: 9"), "{error}");
     }
 }

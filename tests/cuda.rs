@@ -187,7 +187,14 @@ fn embedding_and_gather_pick_rows() {
         let matrix = stored(&mut random, &[9, 64], Encoding::BF16);
         let all = values(&backend.vector(&matrix).unwrap());
         let table = backend.table(matrix).unwrap();
-        let rows = backend.embedding(&table, &[8, 0, 8]).unwrap();
+        let lookup = |ids: &[u32]| {
+            let heads = Heads { num_heads: 1, num_kv_heads: 1, head_dim: 8 };
+            let mut batch = batch_of(&[(0..ids.len(), 0)], 1, &mut Random::new(0));
+            batch.ids = ids.to_vec();
+            backend.place(&mut batch, heads, &[]).unwrap();
+            backend.embedding(&table, &batch)
+        };
+        let rows = lookup(&[8, 0, 8]).unwrap();
         let want: Vec<_> =
             [8, 0, 8].into_iter().flat_map(|id| all[id * 64..][..64].to_vec()).collect();
         assert_close(&values(&rows), &want, 1e-3, || format!("{dtype:?}"));
@@ -196,7 +203,7 @@ fn embedding_and_gather_pick_rows() {
             values(&got),
             [&values(&rows)[64..128], &values(&rows)[64..128], &values(&rows)[..64]].concat()
         );
-        let error = backend.embedding(&table, &[9]).unwrap_err().to_string();
+        let error = lookup(&[9]).unwrap_err().to_string();
         assert!(error.contains("below 9") && error.contains("given: 9"), "{error}");
         let tied = backend.tied(&table).unwrap();
         assert_eq!((tied.in_features(), tied.out_features()), (64, 9));
@@ -284,7 +291,8 @@ fn check_attention(
     let attention = AttentionOp { scale: 0.7 / (heads.head_dim as f32).sqrt(), window };
     let tables = batch_of(&[(0..16, 0), (16..33, 0), (33..364, 0)], num_blocks as u32, random);
     for lens in [[(0, 15), (0, 16), (0, 330)], [(15, 1), (16, 1), (330, 1)]] {
-        let batch = step_of(&tables, lens);
+        let mut batch = step_of(&tables, lens);
+        backend.place(&mut batch, heads, &[window]).unwrap();
         let rows = batch.positions.len();
         let mut qkv = random.floats(rows * width);
         let given = activations(backend, &mut qkv, &[rows, width]);
@@ -341,13 +349,14 @@ fn check_cuts(random: &mut Random, backend: &Backend, heads: Heads, window: Opti
     let (op, _) = rope_op(random, backend, heads.head_dim, 0, len);
     let attention = AttentionOp { scale: 0.3, window };
     let mut qkv = random.floats(len * width);
-    let whole = batch_of(&[(0..len, 0)], 40, random);
-    let run = |kv: &LayerKv, x: &Tensor, batch: &Batch| {
+    let mut whole = batch_of(&[(0..len, 0)], 40, random);
+    let run = |kv: &LayerKv, x: &Tensor, batch: &mut Batch| {
+        backend.place(batch, heads, &[window]).unwrap();
         backend.rope_and_cache(x, heads, &op, kv, batch).unwrap();
         bits(&backend.paged_attention(x, heads, attention, kv, batch).unwrap())
     };
     let given = activations(backend, &mut qkv, &[len, width]);
-    let want = run(&backend.layer_kv(80, heads).unwrap(), &given, &whole);
+    let want = run(&backend.layer_kv(80, heads).unwrap(), &given, &mut whole);
 
     let kv = backend.layer_kv(80, heads).unwrap();
     let mut start = 0;
@@ -364,7 +373,7 @@ fn check_cuts(random: &mut Random, backend: &Backend, heads: Heads, window: Opti
         let mut part = random.floats(other * width);
         part.extend(&qkv[start * width..(start + chunk) * width]);
         let part = activations(backend, &mut part, &[other + chunk, width]);
-        let got = run(&kv, &part, &batch);
+        let got = run(&kv, &part, &mut batch);
         let differs =
             got[other * size..].iter().zip(&want[start * size..]).position(|(a, b)| a != b);
         assert_eq!(

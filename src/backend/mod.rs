@@ -12,6 +12,7 @@ mod cuda;
 #[cfg(feature = "cuda-emulator")]
 pub use cuda::emulator;
 mod device;
+mod graph;
 mod ops;
 pub mod reference;
 
@@ -26,6 +27,7 @@ use crate::spec::{Activation, QkNorm, RopePairing};
 use crate::weights::StoredTensor;
 use cpu::Cpu;
 pub use device::CacheBudget;
+pub use graph::DecodeGraphs;
 
 /// A device with its kernels and threads. Cheap to clone; clones share the thread pool.
 #[derive(Clone)]
@@ -117,6 +119,8 @@ pub struct LayerKv {
 /// Where the rows of a batch stand, built once per step.
 #[derive(Debug, Default)]
 pub struct Batch {
+    /// Token of each row; ops that do not look at it leave it to be empty.
+    pub ids: Vec<u32>,
     /// Position of each row in its sequence.
     pub positions: Vec<u32>,
     /// The runs of rows that belong to one sequence.
@@ -127,11 +131,11 @@ pub struct Batch {
     pub placement: Placement,
 }
 
-/// A [`Batch`] in the memory of a GPU, once an op has asked for it.
+/// A [`Batch`] in the memory of a GPU: see [`Backend::place`].
 #[derive(Debug, Default)]
 pub struct Placement {
     #[cfg(feature = "cuda")]
-    cuda: std::sync::OnceLock<cuda::DeviceBatch>,
+    cuda: Option<cuda::DeviceBatch>,
 }
 
 /// Consecutive rows of one sequence.
@@ -185,9 +189,23 @@ impl Backend {
         }
     }
 
-    /// Rows `ids` of `table`: the residual stream, `[ids, hidden]` f32.
-    pub fn embedding(&self, table: &Table, ids: &[u32]) -> Result<Tensor> {
-        let rows = table.rows();
+    /// Puts `batch` where the device's kernels look for it, for attention with these heads and windows.
+    /// Ops that take a batch need it; it does nothing on the CPU.
+    #[cfg_attr(not(feature = "cuda"), allow(unused_variables, clippy::unnecessary_wraps))]
+    pub fn place(&self, batch: &mut Batch, heads: Heads, windows: &[Option<usize>]) -> Result<()> {
+        match &self.kind {
+            Kind::Cpu(_) => Ok(()),
+            #[cfg(feature = "cuda")]
+            Kind::Cuda(cuda) => {
+                batch.placement = Placement { cuda: Some(cuda.place(batch, heads, windows)?) };
+                Ok(())
+            }
+        }
+    }
+
+    /// Rows of `table` for the tokens of `batch`: the residual stream, `[tokens, hidden]` f32.
+    pub fn embedding(&self, table: &Table, batch: &Batch) -> Result<Tensor> {
+        let (rows, ids) = (table.rows(), &batch.ids);
         if let Some(id) = ids.iter().find(|&&id| id as usize >= rows) {
             return Err(Error::invalid(format!("token ids must be below {rows}; given: {id}")));
         }
@@ -200,7 +218,7 @@ impl Backend {
                 Ok(Tensor::from_vec(values, (ids.len(), stored.cols()), &self.device)?)
             }
             #[cfg(feature = "cuda")]
-            (Kind::Cuda(cuda), TableRows::Cuda(matrix)) => cuda.embedding(matrix, ids),
+            (Kind::Cuda(cuda), TableRows::Cuda(matrix)) => cuda.embedding(matrix, batch),
             #[cfg(feature = "cuda")]
             _ => Err(other_device("table")),
         }

@@ -2,11 +2,11 @@
 
 use candle_core::Tensor;
 
-use super::Cuda;
 use super::launch::Address;
+use super::{Cuda, address};
 use crate::backend::{Batch, Heads};
 use crate::config::BLOCK_SIZE;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Queries in a tile of the attention kernels.
 const TILE: usize = 16;
@@ -14,125 +14,234 @@ const TILE: usize = 16;
 const SPLIT: usize = 256;
 /// The item has all splits of its tile.
 const WHOLE: u32 = u32::MAX;
-
-/// Positions, page slots and block tables of a batch.
-#[derive(Debug)]
-pub(in crate::backend) struct DeviceBatch {
-    /// u32: positions `[rows]`, slots `[rows]`, block tables.
-    numbers: Tensor,
-    rows: usize,
-}
-
-impl DeviceBatch {
-    pub(super) fn upload(cuda: &Cuda, batch: &Batch) -> Result<Self> {
-        let rows = batch.positions.len();
-        let mut numbers = batch.positions.clone();
-        for run in &batch.runs {
-            let blocks = &batch.blocks[run.blocks.clone()];
-            numbers.extend(batch.positions[run.rows.clone()].iter().map(|&position| {
-                let block = blocks[position as usize / BLOCK_SIZE].0;
-                block * BLOCK_SIZE as u32 + position % BLOCK_SIZE as u32
-            }));
-        }
-        numbers.extend(batch.blocks.iter().map(|block| block.0));
-        Ok(Self { numbers: cuda.upload(numbers)?, rows })
-    }
-
-    pub(super) fn positions(&self) -> Result<Address> {
-        super::address(&self.numbers)
-    }
-
-    pub(super) fn slots(&self) -> Result<Address> {
-        Ok(self.positions()? + (self.rows * size_of::<u32>()) as u64)
-    }
-
-    pub(super) fn blocks(&self) -> Result<Address> {
-        Ok(self.positions()? + (2 * self.rows * size_of::<u32>()) as u64)
-    }
-}
+/// A row whose keys and values go nowhere.
+const NO_SLOT: u32 = u32::MAX;
+/// Most splits that are items of their own: their results are kept until they are merged.
+const MAX_PARTIALS: usize = 2048;
+/// Words of the kernels' structs `AttentionItem` and `MergeItem`.
+const ITEM_WORDS: usize = 7;
+const MERGE_WORDS: usize = 5;
 
 /// How the attention of a batch is cut into the work of blocks.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Plan {
-    /// Items of the attention kernel and of the merge, each as the kernel's struct.
-    numbers: Vec<u32>,
-    num_items: usize,
-    num_merges: usize,
+    items: Vec<u32>,
+    merges: Vec<u32>,
     num_partials: usize,
 }
 
-/// A [`Plan`] in device memory.
-pub(super) struct DevicePlan {
-    numbers: Tensor,
-    pub(super) num_items: usize,
-    pub(super) num_merges: usize,
-    pub(super) num_partials: usize,
+/// Most that a plan has.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct PlanSize {
+    items: usize,
+    merges: usize,
+    partials: usize,
 }
 
-const ITEM_WORDS: usize = 7;
-
 impl Plan {
-    /// `blocks_wanted`: as many items make a tile's splits items of their own not worth while.
-    pub(super) fn new(
+    /// For the first `rows` rows of `batch`. Splits are items of their own unless there are
+    /// `blocks_wanted` blocks without.
+    fn new(
         batch: &Batch,
+        rows: usize,
         heads: Heads,
         window: Option<usize>,
         blocks_wanted: usize,
     ) -> Self {
         let group = heads.num_heads / heads.num_kv_heads;
-        let tiles = batch.runs.iter().map(|run| (run.rows.len() * group).div_ceil(TILE));
-        let enough = tiles.sum::<usize>() * heads.num_kv_heads >= blocks_wanted;
-        let (mut items, mut merges, mut num_partials) = (Vec::new(), Vec::new(), 0);
-        for run in &batch.runs {
+        let runs = || batch.runs.iter().filter(|run| run.rows.start < rows);
+        let tiles: usize = runs().map(|run| (run.rows.len() * group).div_ceil(TILE)).sum();
+        let enough = tiles * heads.num_kv_heads >= blocks_wanted;
+        let mut plan = Self::default();
+        for run in runs() {
             let (first_row, rows) = (run.rows.start, run.rows.len());
             for tile in 0..(rows * group).div_ceil(TILE) {
                 let last_row = (((tile + 1) * TILE - 1) / group).min(rows - 1);
                 let position = |row: usize| batch.positions[first_row + row] as usize;
                 let seen = window.unwrap_or(usize::MAX);
                 let first = (position(tile * TILE / group) + 1).saturating_sub(seen) / SPLIT;
-                let last = position(last_row) / SPLIT;
+                let splits = first..position(last_row) / SPLIT + 1;
                 let head = [first_row, rows, tile].map(|number| number as u32);
-                let mut item = |first: usize, last: usize, partial: u32| {
-                    items.extend(head);
-                    items.extend([run.blocks.start as u32, first as u32, last as u32, partial]);
-                };
-                if enough || first == last {
-                    item(first, last, WHOLE);
-                    continue;
-                }
-                merges.extend(head);
-                merges.extend([num_partials as u32, (last - first + 1) as u32]);
-                for split in first..=last {
-                    item(split, split, num_partials as u32);
-                    num_partials += 1;
-                }
+                plan.add(head, run.blocks.start as u32, splits, enough);
             }
         }
-        let (num_items, num_merges) = (items.len() / ITEM_WORDS, merges.len() / 5);
-        let mut numbers = vec![num_items as u32, num_merges as u32];
-        numbers.extend(items);
-        numbers.extend(merges);
-        Self { numbers, num_items, num_merges, num_partials }
+        plan
     }
 
-    pub(super) fn upload(self, cuda: &Cuda) -> Result<DevicePlan> {
-        let Self { numbers, num_items, num_merges, num_partials } = self;
-        Ok(DevicePlan { numbers: cuda.upload(numbers)?, num_items, num_merges, num_partials })
+    fn add(&mut self, head: [u32; 3], blocks: u32, splits: std::ops::Range<usize>, enough: bool) {
+        let mut item = |first: usize, last: usize, partial: u32| {
+            self.items.extend(head);
+            self.items.extend([blocks, first as u32, last as u32, partial]);
+        };
+        let partial = self.num_partials;
+        if enough || splits.len() == 1 || partial + splits.len() > MAX_PARTIALS {
+            item(splits.start, splits.end - 1, WHOLE);
+            return;
+        }
+        for (index, split) in splits.clone().enumerate() {
+            item(split, split, (partial + index) as u32);
+        }
+        self.merges.extend(head);
+        self.merges.extend([partial as u32, splits.len() as u32]);
+        self.num_partials += splits.len();
+    }
+
+    fn size(&self) -> PlanSize {
+        PlanSize {
+            items: self.items.len() / ITEM_WORDS,
+            merges: self.merges.len() / MERGE_WORDS,
+            partials: self.num_partials,
+        }
     }
 }
 
-impl DevicePlan {
-    fn at(&self, word: usize) -> Result<Address> {
-        Ok(super::address(&self.numbers)? + (word * size_of::<u32>()) as u64)
+impl PlanSize {
+    /// For up to `rows` sequences of up to `positions` tokens, one row of each.
+    pub(super) fn of_decode(rows: usize, positions: usize, heads: Heads) -> Self {
+        let tiles = rows * (heads.num_heads / heads.num_kv_heads).div_ceil(TILE);
+        let partials = (tiles * positions.div_ceil(SPLIT)).min(MAX_PARTIALS);
+        Self { items: tiles + partials, merges: tiles, partials }
     }
 
+    fn words(self) -> usize {
+        2 + ITEM_WORDS * self.items + MERGE_WORDS * self.merges
+    }
+}
+
+/// Where a plan lies, and for how much its launches are made.
+#[derive(Debug, Clone, Copy)]
+struct PlacedPlan {
+    window: Option<usize>,
+    /// Word at which it starts: number of items, number of merges, items, merges.
+    start: usize,
+    size: PlanSize,
+}
+
+/// Where everything lies in the words of a batch: ids, positions and slots `[rows]` each, plans, block
+/// tables.
+#[derive(Debug, Clone)]
+pub(super) struct Places {
+    rows: usize,
+    plans: Vec<PlacedPlan>,
+    blocks: usize,
+}
+
+impl Places {
+    pub(super) fn new(rows: usize, plans: impl Iterator<Item = (Option<usize>, PlanSize)>) -> Self {
+        let mut start = 3 * rows;
+        let plans = plans.map(|(window, size)| {
+            let placed = PlacedPlan { window, start, size };
+            start += size.words();
+            placed
+        });
+        let plans = plans.collect();
+        Self { rows, plans, blocks: start }
+    }
+
+    /// Words with block tables of `blocks` blocks.
+    pub(super) fn words(&self, blocks: usize) -> usize {
+        self.blocks + blocks
+    }
+}
+
+/// The words of a batch whose first `rows` rows are real ones, the others padding.
+pub(super) fn words(
+    cuda: &Cuda,
+    batch: &Batch,
+    rows: usize,
+    heads: Heads,
+    windows: &[Option<usize>],
+    places: Option<&Places>,
+) -> (Vec<u32>, Places) {
+    let wanted = if cuda.is_exact() { 0 } else { 2 * cuda.multiprocessors };
+    let plan = |&window: &Option<usize>| Plan::new(batch, rows, heads, window, wanted);
+    let plans: Vec<Plan> = windows.iter().map(plan).collect();
+    let exact = || {
+        Places::new(
+            batch.positions.len(),
+            windows.iter().copied().zip(plans.iter().map(Plan::size)),
+        )
+    };
+    let places = places.cloned().unwrap_or_else(exact);
+    let mut words = Vec::with_capacity(places.words(batch.blocks.len()));
+    words.extend(&batch.ids);
+    words.resize(places.rows, 0); // ops that look at no ids
+    words.extend(&batch.positions);
+    for run in &batch.runs {
+        let blocks = &batch.blocks[run.blocks.clone()];
+        words.extend(run.rows.clone().map(|row| {
+            let (position, size) = (batch.positions[row], BLOCK_SIZE as u32);
+            let block = blocks[(position / size) as usize].0;
+            if row < rows { block * size + position % size } else { NO_SLOT }
+        }));
+    }
+    for (plan, placed) in plans.iter().zip(&places.plans) {
+        let size = plan.size();
+        words.extend([size.items as u32, size.merges as u32]);
+        words.extend(&plan.items);
+        words.resize(placed.start + 2 + ITEM_WORDS * placed.size.items, 0);
+        words.extend(&plan.merges);
+        words.resize(placed.start + placed.size.words(), 0);
+    }
+    words.extend(batch.blocks.iter().map(|block| block.0));
+    (words, places)
+}
+
+/// A batch in device memory.
+#[derive(Debug)]
+pub(in crate::backend) struct DeviceBatch {
+    numbers: Tensor,
+    places: Places,
+}
+
+/// A plan in device memory.
+pub(super) struct DevicePlan {
     /// Where the number of items lies, and where they do.
-    pub(super) fn items(&self) -> Result<(Address, Address)> {
-        Ok((self.at(0)?, self.at(2)?))
+    pub(super) items: (Address, Address),
+    pub(super) merges: (Address, Address),
+    /// Blocks of both launches, and partial results between them.
+    pub(super) num_items: usize,
+    pub(super) num_merges: usize,
+    pub(super) num_partials: usize,
+}
+
+impl DeviceBatch {
+    pub(super) fn new(numbers: Tensor, places: Places) -> Self {
+        Self { numbers, places }
     }
 
-    /// Where the number of merges lies, and where they do.
-    pub(super) fn merges(&self) -> Result<(Address, Address)> {
-        Ok((self.at(1)?, self.at(2 + ITEM_WORDS * self.num_items)?))
+    fn at(&self, word: usize) -> Result<Address> {
+        Ok(address(&self.numbers)? + (word * size_of::<u32>()) as u64)
+    }
+
+    pub(super) fn ids(&self) -> Result<Address> {
+        self.at(0)
+    }
+
+    pub(super) fn positions(&self) -> Result<Address> {
+        self.at(self.places.rows)
+    }
+
+    pub(super) fn slots(&self) -> Result<Address> {
+        self.at(2 * self.places.rows)
+    }
+
+    pub(super) fn blocks(&self) -> Result<Address> {
+        self.at(self.places.blocks)
+    }
+
+    pub(super) fn plan(&self, window: Option<usize>) -> Result<DevicePlan> {
+        let placed = self.places.plans.iter().find(|plan| plan.window == window);
+        let placed = placed.ok_or_else(|| {
+            Error::bug(format!("the batch was placed without the attention window {window:?}"))
+        })?;
+        let (items, size) = (placed.start + 2, placed.size);
+        Ok(DevicePlan {
+            items: (self.at(placed.start)?, self.at(items)?),
+            merges: (self.at(placed.start + 1)?, self.at(items + ITEM_WORDS * size.items)?),
+            num_items: size.items,
+            num_merges: size.merges,
+            num_partials: size.partials,
+        })
     }
 }

@@ -8,6 +8,7 @@ mod batch;
 mod driver;
 #[cfg(feature = "cuda-emulator")]
 pub mod emulator;
+mod graph;
 mod launch;
 mod memory;
 mod ops;
@@ -15,15 +16,17 @@ mod ops;
 use std::sync::Arc;
 
 use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute;
-use candle_core::cuda_backend::cudarc::driver::{CudaStream, DevicePtr};
+use candle_core::cuda_backend::cudarc::driver::{CudaStream, DevicePtr, result};
 use candle_core::cuda_backend::{CudaDType, CudaDevice};
 use candle_core::{DType, Device, Layout, Shape, Storage, Tensor};
 use half::{bf16, f16};
 
 use super::reference::dequantize;
+use super::{Batch, Heads};
 use crate::error::{Error, ErrorKind, Result};
 use crate::weights::{Encoding, StoredTensor};
 pub(super) use batch::DeviceBatch;
+pub use graph::DecodeGraphs;
 use launch::{Address, Kernels};
 
 /// A GPU with our kernels.
@@ -113,6 +116,32 @@ impl Cuda {
     fn upload(&self, numbers: Vec<u32>) -> Result<Tensor> {
         let len = numbers.len();
         Tensor::from_vec(numbers, len, &self.device()).map_err(|error| self.explain(error))
+    }
+
+    /// Queues a copy of `words` to device memory.
+    fn copy_in(&self, words: &[u32], to: Address) -> Result<()> {
+        // SAFETY: callers give addresses of tensors with room for the words, and keep pinned words as
+        // they are until the stream has read them; of other memory the driver takes a copy.
+        unsafe { result::memcpy_htod_async(to, words, self.stream.cu_stream()) }.map_err(failed)
+    }
+
+    /// Puts a batch into device memory, with plans for attention with these windows.
+    pub(super) fn place(
+        &self,
+        batch: &Batch,
+        heads: Heads,
+        windows: &[Option<usize>],
+    ) -> Result<DeviceBatch> {
+        let mut distinct = windows.to_vec();
+        distinct.sort_unstable();
+        distinct.dedup();
+        let rows = batch.positions.len();
+        let (words, places) = batch::words(self, batch, rows, heads, &distinct, None);
+        Ok(DeviceBatch::new(self.upload(words)?, places))
+    }
+
+    fn is_exact(&self) -> bool {
+        self.dtype == DType::F32
     }
 
     pub(super) fn zeros(&self, shape: impl Into<Shape>) -> Result<Tensor> {

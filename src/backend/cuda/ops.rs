@@ -2,7 +2,6 @@
 
 use candle_core::{DType, Tensor};
 
-use super::batch::Plan;
 use super::launch::{
     Address, Arguments, AttentionArgs, EmbeddingArgs, GateArgs, GatedActivationArgs, GatherArgs,
     Grid, LinearArgs, RmsNormArgs, RopeArgs,
@@ -23,6 +22,8 @@ const LINEAR_WARPS: usize = 16;
 const EXACT_WARPS: usize = 4;
 /// Widest head that the kernels can hold.
 const MAX_HEAD_DIM: usize = 256;
+/// Blocks of the attention kernels that a multiprocessor is given, for each key/value head.
+const BLOCKS_PER_MULTIPROCESSOR: usize = 8;
 
 impl Cuda {
     /// Queues kernel `name`, of which there is one for each compute type.
@@ -44,9 +45,8 @@ impl Cuda {
         unsafe { self.kernels.launch(&self.stream, name, grid, args) }
     }
 
-    pub(in crate::backend) fn embedding(&self, table: &Matrix, ids: &[u32]) -> Result<Tensor> {
-        let out = self.empty((ids.len(), table.cols()), DType::F32)?;
-        let ids = self.upload(ids.to_vec())?;
+    pub(in crate::backend) fn embedding(&self, table: &Matrix, batch: &Batch) -> Result<Tensor> {
+        let out = self.empty((batch.ids.len(), table.cols()), DType::F32)?;
         let encoding = match self.dtype {
             DType::F32 => 0,
             DType::F16 => 1,
@@ -54,12 +54,12 @@ impl Cuda {
         };
         let args = EmbeddingArgs {
             table: address(&table.weight)?,
-            ids: address(&ids)?,
+            ids: placed(batch)?.ids()?,
             out: address(&out)?,
             cols: table.cols() as u32,
             encoding,
         };
-        self.queue("embedding", Grid::each(ids.elem_count(), ROW_THREADS), args)?;
+        self.queue("embedding", Grid::each(batch.ids.len(), ROW_THREADS), args)?;
         Ok(out)
     }
 
@@ -174,15 +174,6 @@ impl Cuda {
         Ok(out)
     }
 
-    /// The batch in device memory, uploaded when it is first asked for.
-    fn placed<'a>(&self, batch: &'a Batch) -> Result<&'a DeviceBatch> {
-        if let Some(found) = batch.placement.cuda.get() {
-            return Ok(found);
-        }
-        let uploaded = DeviceBatch::upload(self, batch)?;
-        Ok(batch.placement.cuda.get_or_init(|| uploaded))
-    }
-
     pub(in crate::backend) fn rope_and_cache(
         &self,
         qkv: &Tensor,
@@ -191,7 +182,7 @@ impl Cuda {
         kv: &LayerKv,
         batch: &Batch,
     ) -> Result<()> {
-        let placed = self.placed(batch)?;
+        let placed = placed(batch)?;
         let (keys, values) = pages(kv)?;
         let norm = |weight: &Option<Tensor>| weight.as_ref().map_or(Ok(0), address);
         let args = RopeArgs {
@@ -229,14 +220,12 @@ impl Cuda {
     ) -> Result<Tensor> {
         let dim = heads.head_dim;
         let out = self.empty((qkv.dims()[0], heads.num_heads * dim), self.dtype)?;
-        let placed = self.placed(batch)?;
-        let exact = self.dtype == DType::F32;
-        let blocks_wanted = if exact { 0 } else { 2 * self.multiprocessors };
-        let plan = Plan::new(batch, heads, op.window, blocks_wanted).upload(self)?;
+        let placed = placed(batch)?;
+        let plan = placed.plan(op.window)?;
         let partials = (plan.num_partials, heads.num_kv_heads * TILE_OUTS * (dim + 2));
         let partial = self.empty(partials, DType::F32)?;
         let (keys, values) = pages(kv)?;
-        let (num_items, items) = plan.items()?;
+        let (num_items, items) = plan.items;
         let args = AttentionArgs {
             qkv: address(qkv)?,
             keys,
@@ -254,23 +243,38 @@ impl Cuda {
             window: op.window.unwrap_or(0) as u32,
             scale: op.scale * std::f32::consts::LOG2_E,
         };
+        // Blocks share the items: there may be fewer than a captured launch has room for.
         let grid = |count: usize, threads| Grid {
-            blocks: (count as u32, heads.num_kv_heads as u32),
+            blocks: (
+                count.min(BLOCKS_PER_MULTIPROCESSOR * self.multiprocessors) as u32,
+                heads.num_kv_heads as u32,
+            ),
             threads,
             shared_bytes: 0,
         };
-        if exact {
+        if self.is_exact() {
             self.queue("attention_f32", grid(plan.num_items, 32), args)?;
             return Ok(out);
         }
         let chunks = chunks_of(dim)?;
         let name = format!("attention_{{}}_{chunks}");
         self.launch(&name, grid(plan.num_items, ATTENTION_THREADS), args)?;
-        let (num_items, items) = plan.merges()?;
-        let args = AttentionArgs { items, num_items, ..args };
-        self.launch("merge_{}", grid(plan.num_merges, ATTENTION_THREADS), args)?;
+        if plan.num_partials > 0 {
+            let (num_items, items) = plan.merges;
+            let args = AttentionArgs { items, num_items, ..args };
+            self.launch("merge_{}", grid(plan.num_merges, ATTENTION_THREADS), args)?;
+        }
         Ok(out)
     }
+}
+
+/// The batch in device memory.
+fn placed(batch: &Batch) -> Result<&DeviceBatch> {
+    batch
+        .placement
+        .cuda
+        .as_ref()
+        .ok_or_else(|| Error::bug("the batch was not placed on the device"))
 }
 
 /// Columns of a slice of `linear`: at most 64 slices, each a multiple of what a warp loads at once.

@@ -294,8 +294,8 @@ __device__ inline void store(const Tile<T, CHUNKS> &tile, const AttentionArgs &a
     }
     const uint32_t stride = args.dim + 2;
     float *partial = args.partial + (size_t(item.partial) * args.kv_heads + blockIdx.y) * ATTENTION_ROWS * stride;
-    for_each_sum<CHUNKS>(args.dim, [&](int row, int, uint32_t column, int each, int i) {
-        partial[row * stride + column] = tile.sums[each][i];
+    for_each_sum<CHUNKS>(args.dim, [&](int row, int half, uint32_t column, int each, int i) {
+        if (tile.exists[half]) partial[row * stride + column] = tile.sums[each][i];
     });
     if (threadIdx.x < WARP && t < 2) {
         float *end = partial + (g + 8 * t) * stride + args.dim;

@@ -1,0 +1,146 @@
+//! CUDA graphs of steps in which every sequence decodes one token.
+//!
+//! A graph has a fixed number of rows; a step takes the next larger one and pads. All that differs from
+//! step to step lies in one buffer of device memory, refreshed by one copy from pinned memory. A graph
+//! is captured when a step of its size has run once, so all memory that it needs is there.
+//!
+//! What a graph leaves in its intermediate buffers is dead after the step, so all graphs and all other
+//! steps share them. Nothing that outlives a step may be allocated after the first capture.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use candle_core::cuda_backend::cudarc::driver::sys::{
+    CUgraphInstantiate_flags, CUstreamCaptureMode,
+};
+use candle_core::cuda_backend::cudarc::driver::{CudaGraph, PinnedHostSlice};
+use candle_core::{DType, Tensor};
+
+use super::batch::{DeviceBatch, Places, PlanSize, words};
+use super::{Cuda, address, failed};
+use crate::backend::{Batch, Heads, Placement, Run};
+use crate::config::BLOCK_SIZE;
+use crate::error::{Error, Result};
+
+/// Steps of more rows are launched kernel by kernel, which they are long enough to hide.
+const MAX_ROWS: usize = 512;
+
+/// What all graphs share, and the graphs by their number of rows.
+pub struct DecodeGraphs {
+    cuda: Arc<Cuda>,
+    heads: Heads,
+    windows: Vec<Option<usize>>,
+    /// Most rows, and the longest sequence.
+    rows: usize,
+    positions: usize,
+    numbers: Tensor,
+    pinned: PinnedHostSlice<u32>,
+    graphs: HashMap<usize, Graph>,
+}
+
+struct Graph {
+    captured: CudaGraph,
+    logits: Tensor,
+}
+
+impl DecodeGraphs {
+    /// For up to `rows` sequences of up to `positions` tokens, with the attention windows of all layers.
+    pub(in crate::backend) fn new(
+        cuda: &Arc<Cuda>,
+        heads: Heads,
+        windows: &[Option<usize>],
+        (rows, positions): (usize, usize),
+    ) -> Result<Self> {
+        let mut distinct = windows.to_vec();
+        distinct.sort_unstable();
+        distinct.dedup();
+        let rows = padded(rows.min(MAX_ROWS));
+        let sizes = distinct.iter().map(|&w| (w, PlanSize::of_decode(rows, positions, heads)));
+        let size = Places::new(rows, sizes).words(rows * positions.div_ceil(BLOCK_SIZE));
+        // SAFETY: plain numbers, each written before it is copied.
+        let pinned = unsafe { cuda.stream.context().alloc_pinned(size) }.map_err(failed)?;
+        let numbers = cuda.empty(size, DType::U32)?;
+        let (cuda, graphs) = (cuda.clone(), HashMap::new());
+        Ok(Self { cuda, heads, windows: distinct, rows, positions, numbers, pinned, graphs })
+    }
+
+    /// The logits `[rows, vocab]` of `batch`, every row of which is a sequence of its own and wants them.
+    /// `forward` queues the whole pass over a batch.
+    pub fn run(
+        &mut self,
+        batch: Batch,
+        mut forward: impl FnMut(&Batch) -> Result<Option<Tensor>>,
+    ) -> Result<Option<Tensor>> {
+        let rows = batch.ids.len();
+        if rows == 0 || rows > self.rows {
+            let placed = self.cuda.place(&batch, self.heads, &self.windows)?;
+            return forward(&Batch { placement: Placement { cuda: Some(placed) }, ..batch });
+        }
+        let batch = self.place(pad(batch), rows)?;
+        if let Some(graph) = self.graphs.get(&batch.ids.len()) {
+            graph.captured.launch().map_err(failed)?;
+            return Ok(Some(graph.logits.narrow(0, 0, rows)?));
+        }
+        let logits = forward(&batch)?;
+        self.capture(&batch, forward)?;
+        logits.map(|logits| Ok(logits.narrow(0, 0, rows)?)).transpose()
+    }
+
+    /// Copies what the kernels need to know to where the graphs look for it.
+    fn place(&mut self, mut batch: Batch, rows: usize) -> Result<Batch> {
+        let size = PlanSize::of_decode(batch.ids.len(), self.positions, self.heads);
+        let places = Places::new(batch.ids.len(), self.windows.iter().map(|&w| (w, size)));
+        let (words, places) =
+            words(&self.cuda, &batch, rows, self.heads, &self.windows, Some(&places));
+        self.cuda.stream.synchronize().map_err(failed)?; // the last copy has left the pinned memory
+        let pinned = self.pinned.as_mut_slice().map_err(failed)?;
+        let room = pinned.len();
+        let staged = pinned.get_mut(..words.len()).ok_or_else(|| {
+            Error::bug(format!("a decode step has {} words, with room for {room}", words.len()))
+        })?;
+        staged.copy_from_slice(&words);
+        self.cuda.copy_in(staged, address(&self.numbers)?)?;
+        let placed = DeviceBatch::new(self.numbers.clone(), places);
+        batch.placement = Placement { cuda: Some(placed) };
+        Ok(batch)
+    }
+
+    fn capture(
+        &mut self,
+        batch: &Batch,
+        mut forward: impl FnMut(&Batch) -> Result<Option<Tensor>>,
+    ) -> Result<()> {
+        let stream = &self.cuda.stream;
+        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        stream.begin_capture(mode).map_err(failed)?;
+        let logits = forward(batch);
+        let captured = stream.end_capture(CUgraphInstantiate_flags(0)).map_err(failed);
+        if let (Some(logits), Some(captured)) = (logits?, captured?) {
+            captured.upload().map_err(failed)?;
+            self.graphs.insert(batch.ids.len(), Graph { captured, logits });
+        }
+        Ok(())
+    }
+}
+
+/// Rows of the graph for a step of `rows`: each count up to 8, then powers of two.
+fn padded(rows: usize) -> usize {
+    if rows <= 8 { rows } else { rows.next_power_of_two() }
+}
+
+/// Adds rows of padding, which look at the first sequence and write nothing.
+fn pad(mut batch: Batch) -> Batch {
+    let blocks = batch.runs[0].blocks.clone();
+    for row in batch.ids.len()..padded(batch.ids.len()) {
+        batch.ids.push(0);
+        batch.positions.push(0);
+        batch.runs.push(Run { rows: row..row + 1, blocks: blocks.clone() });
+    }
+    batch
+}
+
+impl std::fmt::Debug for DecodeGraphs {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "DecodeGraphs({})", self.graphs.len())
+    }
+}
