@@ -76,7 +76,9 @@ def main() -> None:
         fastest = min(seconds["total"] for seconds, *_ in runs)
         print(f"{kind}: {tokens} prompt tokens, {threads} threads, medians of {len(runs)} (ms)")
         for name, value in parts.items():
-            print(f"  {name:18} {value * 1e3:7.1f}" + (f"  best {fastest * 1e3:.1f}" if name == "total" else ""))
+            print(
+                f"  {name:18} {value * 1e3:7.1f}" + (f"  best {fastest * 1e3:.1f}" if name == "total" else "")
+            )
         print("  " + ", ".join(f"{name} {mib} MiB" for name, mib in memory.items()))
         report[kind] = {"seconds": parts, "best_s": fastest, "mib": memory, "prompt_tokens": tokens}
     print(json.dumps(report | {"runs": arguments.runs, "threads": threads}))

@@ -69,17 +69,25 @@ impl Encoding {
     }
 }
 
+/// What [`Bytes`] are a range of.
+pub trait Source: AsRef<[u8]> + Send + Sync {
+    /// Nobody will read `range` soon: what only mirrors a file need not stay in memory.
+    fn release(&self, _range: &Range<usize>) {}
+}
+
+impl Source for Vec<u8> {}
+
 /// Shared bytes: a range of a memory-mapped file or of an owned buffer.
 #[derive(Clone)]
 pub struct Bytes {
-    owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
+    owner: Arc<dyn Source>,
     range: Range<usize>,
 }
 
 impl Bytes {
     /// The bytes `range` of `owner`; an error when the range is outside of it.
-    pub fn new(owner: Arc<dyn AsRef<[u8]> + Send + Sync>, range: Range<usize>) -> Result<Self> {
-        let len = owner.as_ref().as_ref().len();
+    pub fn new(owner: Arc<dyn Source>, range: Range<usize>) -> Result<Self> {
+        let len = (*owner).as_ref().len();
         if range.start > range.end || range.end > len {
             return Err(Error::checkpoint(format!(
                 "bytes {range:?} lie outside of the {len} present"
@@ -91,7 +99,12 @@ impl Bytes {
     /// The bytes themselves.
     #[must_use]
     pub fn as_slice(&self) -> &[u8] {
-        &self.owner.as_ref().as_ref()[self.range.clone()]
+        &(*self.owner).as_ref()[self.range.clone()]
+    }
+
+    /// Lets the system take back memory that the bytes can be read into again.
+    pub fn release(&self) {
+        self.owner.release(&self.range);
     }
 }
 

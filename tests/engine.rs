@@ -264,7 +264,7 @@ fn a_failed_step_ends_all_requests_and_the_engine() {
 fn start_with<F: Forward>(
     load: impl FnOnce() -> Result<(F, EngineConfig)> + Send + 'static,
 ) -> Result<EngineHandle> {
-    EngineHandle::start(load, || Ok(()))
+    EngineHandle::start(load, || Ok(()), || Ok(()))
 }
 
 fn start(config: &EngineConfig, change: impl FnOnce(&mut Fake) + Send + 'static) -> EngineHandle {
@@ -366,7 +366,7 @@ fn a_wait_for_the_model_can_be_given_up() {
         let config = config();
         Ok((Fake::new(&config), config))
     };
-    let given_up = EngineHandle::start(load, || Err(Error::invalid("enough")));
+    let given_up = EngineHandle::start(load, || Ok(()), || Err(Error::invalid("enough")));
     assert_eq!(given_up.expect_err("given up").to_string(), "enough");
     drop(done);
 }

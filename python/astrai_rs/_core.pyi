@@ -1,6 +1,6 @@
 """The Rust core: token ids, numbers, paths and errors. It knows nothing about text."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self, final
 
 __all__ = [
@@ -69,6 +69,7 @@ class Engine:
     def __new__(
         cls,
         path: str,
+        eos_token_ids: Callable[[], Sequence[int]],
         *,
         device: str = "auto",
         dtype: str = "auto",
@@ -80,8 +81,9 @@ class Engine:
         enable_prefix_caching: bool = True,
         num_threads: int | None = None,
         seed: int | None = None,
-        eos_token_ids: Sequence[int] = (),
-    ) -> Self: ...
+    ) -> Self:
+        """Load the model. `eos_token_ids` is called meanwhile, on this thread; what it raises ends the
+        loading."""
     def submit(
         self,
         prompt_token_ids: Sequence[int],

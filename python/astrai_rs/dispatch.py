@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import threading
 from collections import defaultdict
@@ -12,9 +11,11 @@ from weakref import WeakKeyDictionary, ref
 from astrai_rs._core import EngineClosed
 
 if TYPE_CHECKING:
+    import asyncio
+
     from astrai_rs._core import Engine as Core
     from astrai_rs._core import Event
-    from astrai_rs.stream import Mailbox
+    from astrai_rs.async_stream import Mailbox
 
 _POLL_SECONDS = 1.0
 """How long one poll waits. Events and close wake it earlier; this bounds only a missed wake-up."""

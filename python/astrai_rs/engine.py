@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, overload
+from typing import TYPE_CHECKING, Any, Self, overload
 
 from astrai_rs import _core
 from astrai_rs.dispatch import Dispatcher
@@ -23,8 +22,11 @@ from astrai_rs.request import (
     check_ids,
     core_arguments,
 )
-from astrai_rs.stream import AsyncRequestGroup, AsyncTokenStream, Prepared, RequestGroup, TokenStream
+from astrai_rs.stream import Prepared, RequestGroup, TokenStream
 from astrai_rs.tokenizer import AutoTokenizer, model_stop_ids
+
+if TYPE_CHECKING:
+    from astrai_rs.async_stream import AsyncRequestGroup, AsyncTokenStream
 
 Prompt = str | Sequence[int]
 """Text, or token ids."""
@@ -82,14 +84,20 @@ class Engine:
         seed: int | None = None,
     ) -> None:
         path = resolve(model)
-        self.tokenizer: Any = _load_tokenizer(path, tokenizer)
+        self.tokenizer: Any = None
         """The `AutoTokenizer` (or the object given as `tokenizer`); None without one."""
-        self._codec = _codec(self.tokenizer)
-        stop_ids = _stop_ids(self.tokenizer)
-        if tokenizer is not None or self.tokenizer is None:
-            stop_ids = list(dict.fromkeys([*stop_ids, *model_stop_ids(path)]))
+        stop_ids: list[int] = []
+
+        def load_tokenizer() -> list[int]:
+            self.tokenizer = _load_tokenizer(path, tokenizer)
+            stop_ids.extend(_stop_ids(self.tokenizer))
+            if tokenizer is not None or self.tokenizer is None:
+                stop_ids.extend(i for i in model_stop_ids(path) if i not in stop_ids)
+            return stop_ids
+
         self._core = _core.Engine(
             str(path),
+            load_tokenizer,  # while the core packs the weights
             device=device,
             dtype=dtype,
             max_model_len=max_model_len,
@@ -100,8 +108,8 @@ class Engine:
             gpu_memory_utilization=gpu_memory_utilization,
             num_threads=num_threads,
             seed=seed,
-            eos_token_ids=stop_ids,
         )
+        self._codec = _codec(self.tokenizer)
         self._grammars = Grammars(self.tokenizer, stop_ids, self._core.vocab_size)
         self._dispatcher = Dispatcher(self._core)
         # Runs when the engine is dropped and at interpreter exit, whichever comes first.
@@ -200,6 +208,10 @@ class Engine:
 
     def astream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> AsyncTokenStream:
         """`stream` for asyncio; call it where a loop runs. The request starts now."""
+        import asyncio
+
+        from astrai_rs.async_stream import AsyncTokenStream
+
         sink = self._dispatcher.loop_sink(asyncio.get_running_loop())
         request, arguments = self._request(prompt, _params(sampling_params))
         return AsyncTokenStream(self._dispatcher, sink, request, arguments)
@@ -208,6 +220,10 @@ class Engine:
         self, prompts: Sequence[Prompt], sampling_params: Sequence[SamplingParams]
     ) -> AsyncRequestGroup:
         """`astream` for several prompts at once: `async for index, piece in …`, as pieces come."""
+        import asyncio
+
+        from astrai_rs.async_stream import AsyncRequestGroup
+
         sink = self._dispatcher.loop_sink(asyncio.get_running_loop())
         pairs = zip(prompts, sampling_params, strict=True)
         return AsyncRequestGroup(self._dispatcher, sink, [self._request(prompt, p) for prompt, p in pairs])

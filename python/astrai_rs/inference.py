@@ -15,10 +15,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Self
 
+from astrai_rs.async_stream import AsyncTokenStream
 from astrai_rs.engine import Engine
 from astrai_rs.model import AutoModel, refuse_changed
 from astrai_rs.request import GenerationOutput, RequestMetrics, SamplingParams, check_int
-from astrai_rs.stream import AsyncTokenStream, Prepared, RequestGroup
+from astrai_rs.stream import Prepared, RequestGroup
 
 _RECENT = 128
 """Finished tasks that `get_stats` reports on."""

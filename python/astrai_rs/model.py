@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -188,6 +187,8 @@ class AutoModel:
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Copy the checkpoint, tokenizer files included, to a folder."""
+        import shutil
+
         target = Path(save_directory)
         target.mkdir(parents=True, exist_ok=True)
         if self.path.is_file():

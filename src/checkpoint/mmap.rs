@@ -1,15 +1,37 @@
 //! The crate's one memory map.
 
 use std::fs::File;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
 use memmap2::Mmap;
 
 use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::weights::Source;
 
 /// A whole file, mapped read-only and shared by the tensors that lie in it.
-pub(super) type Mapped = Arc<dyn AsRef<[u8]> + Send + Sync>;
+pub(super) type Mapped = Arc<dyn Source>;
+
+struct FileMap(Mmap);
+
+impl AsRef<[u8]> for FileMap {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl Source for FileMap {
+    #[cfg(unix)]
+    fn release(&self, range: &Range<usize>) {
+        let advice = memmap2::UncheckedAdvice::DontNeed;
+        // SAFETY: nothing writes to the map, so a page that goes comes back from the file as it was.
+        #[expect(unsafe_code, reason = "memmap2 cannot know that the map is of a file")]
+        let advised = unsafe { self.0.unchecked_advise_range(advice, range.start, range.len()) };
+        // A system that refuses only keeps the memory.
+        drop(advised);
+    }
+}
 
 /// Maps `path`. **The file must not be changed or truncated while the model lives**: its weights
 /// would change under the engine, and reading beyond a new end kills the process (`SIGBUS`).
@@ -23,5 +45,5 @@ pub(super) fn map(path: &Path) -> Result<Mapped> {
     // meanwhile is the documented duty of whoever loads a model.
     #[expect(unsafe_code, reason = "weights are read where they lie; see this function's contract")]
     let map = unsafe { Mmap::map(&file) }.context(|| path.display())?;
-    Ok(Arc::new(map))
+    Ok(Arc::new(FileMap(map)))
 }

@@ -82,7 +82,7 @@ fn check_listing(shard: &str, listed: &BTreeSet<&str>, found: &[RawTensor]) -> R
 
 fn read_file(path: &Path) -> Result<Vec<RawTensor>> {
     let map = mmap::map(path)?;
-    let bytes = map.as_ref().as_ref();
+    let bytes = (*map).as_ref();
     let (header, metadata) = SafeTensors::read_metadata(bytes)
         .map_err(|error| Error::checkpoint(explain(&error)).context(path.display()))?;
     let start = size_of::<u64>() + header;

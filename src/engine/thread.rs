@@ -64,10 +64,11 @@ struct Outbox {
 impl EngineHandle {
     /// Starts the thread, and on it makes the model with `load`; returns when that is done.
     ///
-    /// Meanwhile `interrupted` is asked ten times a second; its error ends the wait, and the engine
-    /// as soon as `load` returns.
+    /// Meanwhile this thread calls `meanwhile`, then asks `interrupted` ten times a second; an error
+    /// of either ends the wait, and the engine as soon as `load` returns.
     pub fn start<F: Forward, E: From<Error>>(
         load: impl FnOnce() -> Result<(F, EngineConfig)> + Send + 'static,
+        meanwhile: impl FnOnce() -> std::result::Result<(), E>,
         mut interrupted: impl FnMut() -> std::result::Result<(), E>,
     ) -> std::result::Result<Self, E> {
         let (commands, inbox) = mpsc::channel();
@@ -84,6 +85,7 @@ impl EngineHandle {
             .name("astrai-engine".into())
             .spawn(move || its_shared.load_and_run(load, &loaded, &inbox))
             .map_err(Error::from)?;
+        meanwhile()?;
         let config = loop {
             match load_result.recv_timeout(INTERRUPT_POLL) {
                 Ok(config) => break config,

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::mpsc;
 use std::time::Duration;
 
 use pyo3::IntoPyObjectExt;
@@ -31,17 +32,31 @@ pub(super) struct Engine {
 
 #[pymethods]
 impl Engine {
+    /// Load the model; `eos_token_ids` is called meanwhile.
     #[new]
-    #[pyo3(signature = (path, **options))]
-    fn new(py: Python<'_>, path: PathBuf, options: Option<&Bound<'_, PyDict>>) -> PyResult<Self> {
+    #[pyo3(signature = (path, eos_token_ids, **options))]
+    fn new(
+        py: Python<'_>,
+        path: PathBuf,
+        eos_token_ids: Py<PyAny>,
+        options: Option<&Bound<'_, PyDict>>,
+    ) -> PyResult<Self> {
         let options = EngineOptions::read(options)?;
         py.detach(|| {
             let dtype = options.dtype.name();
             let backend = options.backend()?;
             let (device, num_threads) = (backend.device_name(), backend.num_threads());
+            let (ids, given_ids) = mpsc::channel();
+            let meanwhile = || {
+                let given = Python::attach(|py| eos_token_ids.call0(py)?.extract(py))?;
+                // A thread that failed hears of nothing; `start` reports its error.
+                let _ = ids.send(given);
+                Ok(())
+            };
             #[expect(clippy::redundant_closure_for_method_calls, reason = "of every lifetime")]
             let signals = || Python::attach(|py| py.check_signals());
-            let handle = EngineHandle::start(move || options.load(&path, backend), signals)?;
+            let load = move || options.load(&path, backend, &given_ids);
+            let handle = EngineHandle::start(load, meanwhile, signals)?;
             Ok(Self { handle, device, dtype, num_threads })
         })
     }

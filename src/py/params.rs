@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::mpsc::Receiver;
 
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
@@ -10,7 +11,7 @@ use pyo3::types::{PyBool, PyDict, PyInt};
 use crate::backend::Backend;
 use crate::checkpoint;
 use crate::config::{DType, DeviceChoice, EngineConfig};
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::runner::{CapacityRequest, Runner};
 use crate::sampler::SamplingOptions;
 
@@ -23,7 +24,6 @@ pub(super) struct EngineOptions {
     enable_prefix_caching: bool,
     num_threads: Option<usize>,
     seed: Option<u64>,
-    eos_token_ids: Vec<u32>,
 }
 
 impl EngineOptions {
@@ -39,7 +39,6 @@ impl EngineOptions {
             enable_prefix_caching: true,
             num_threads: None,
             seed: None,
-            eos_token_ids: Vec::new(),
         };
         for (name, value) in fields.into_iter().flatten() {
             options.set(&name.extract::<String>()?, &value)?;
@@ -63,7 +62,6 @@ impl EngineOptions {
             "enable_prefix_caching" => self.enable_prefix_caching = read(name, value)?,
             "num_threads" => self.num_threads = optional(name, value, count)?,
             "seed" => self.seed = optional(name, value, seed)?.flatten(),
-            "eos_token_ids" => self.eos_token_ids = read(name, value)?,
             _ => return Err(PyTypeError::new_err(format!("Engine has no argument {name:?}"))),
         }
         Ok(())
@@ -73,12 +71,18 @@ impl EngineOptions {
         Backend::open(self.device, self.num_threads, self.dtype)
     }
 
-    /// Loads the model for the engine thread.
-    pub(super) fn load(self, path: &Path, backend: Backend) -> Result<(Runner, EngineConfig)> {
+    /// Loads the model for the engine thread, then waits for `eos_token_ids`.
+    pub(super) fn load(
+        self,
+        path: &Path,
+        backend: Backend,
+        eos_token_ids: &Receiver<Vec<u32>>,
+    ) -> Result<(Runner, EngineConfig)> {
         let checkpoint = checkpoint::load(path)?;
         let vocab_size = checkpoint.spec.vocab_size;
         let prefill_beside_decode = backend.prefill_beside_decode();
         let (runner, capacity) = Runner::load(checkpoint, backend, &self.capacity)?;
+        let given_up = |_| Error::new(ErrorKind::Shutdown, "nobody waits for the model");
         let config = EngineConfig {
             max_model_len: capacity.max_model_len,
             max_num_seqs: self.capacity.max_num_seqs,
@@ -87,7 +91,7 @@ impl EngineOptions {
             num_blocks: capacity.num_blocks,
             enable_prefix_caching: self.enable_prefix_caching,
             seed: self.seed.unwrap_or_else(random_seed),
-            eos_token_ids: self.eos_token_ids,
+            eos_token_ids: eos_token_ids.recv().map_err(given_up)?,
             vocab_size,
         };
         Ok((runner, config))

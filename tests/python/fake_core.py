@@ -41,7 +41,8 @@ class FakeCore:
     device, dtype = "cpu", "float32"
     script = staticmethod(lambda request_id: [])
 
-    def __init__(self, path: str, **options) -> None:
+    def __init__(self, path: str, eos_token_ids, **options) -> None:
+        eos_token_ids()
         self.aborts: list[tuple[int, int | None]] = []
         self._ids = itertools.count(1)
         self._events: queue.SimpleQueue = queue.SimpleQueue()

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from astrai_rs import AutoTokenizer, Engine, EngineClosed, SamplingParams
-from astrai_rs.stream import AsyncTokenStream
+from astrai_rs.async_stream import AsyncTokenStream
 from conftest import ENDLESS_TOKENS, INTERRUPTIBLE, LIMIT, assert_idle, python, wait_until
 from reference import GOLDEN
 

@@ -145,9 +145,8 @@ def test_any_tokenizer_with_encode_and_decode(monkeypatch):
     class Recording(FakeCore):
         script = staticmethod(lambda number: [Event(number, [72], finish_reason="length", metrics=METRICS)])
 
-        def __init__(self, path, **given):
-            super().__init__(path)
-            options.update(given)
+        def __init__(self, path, eos_token_ids, **given):
+            super().__init__(path, lambda: options.update(eos_token_ids=eos_token_ids()))
 
     monkeypatch.setattr(module._core, "Engine", Recording)
     with Engine(GLASS, tokenizer=TextOnly()) as engine:

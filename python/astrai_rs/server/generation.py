@@ -15,7 +15,7 @@ from astrai_rs.server.sse import disconnected
 if TYPE_CHECKING:
     from starlette.requests import Request
 
-    from astrai_rs.stream import AsyncRequestGroup
+    from astrai_rs.async_stream import AsyncRequestGroup
 
 Result = TypeVar("Result")
 

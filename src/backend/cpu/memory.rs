@@ -1,8 +1,10 @@
 //! Memory that kernels share: aligned buffers, and outputs that threads write side by side.
-#![allow(unsafe_code)] // Allocation by hand, and writes to disjoint parts of one buffer.
+#![allow(unsafe_code)] // Buffers that share a map, and writes to disjoint parts of one buffer.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ptr::NonNull;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use memmap2::MmapMut;
 
 /// Bytes of memory that the machine has, where the system tells.
 pub(super) fn physical_memory() -> Option<usize> {
@@ -17,42 +19,76 @@ pub(super) fn physical_memory() -> Option<usize> {
     None
 }
 
-/// Bytes that start on a cache line, all zero at first.
-pub(super) struct Buffer {
-    start: NonNull<u8>,
-    layout: Layout,
+/// Memory for weights, cut from large pieces that the system may back with huge pages: these are
+/// cleared faster, and reading them misses the address cache less often.
+#[derive(Default)]
+pub(super) struct Arena {
+    /// The piece in use, and how many of its bytes are.
+    piece: Mutex<Option<(Arc<Piece>, usize)>>,
 }
 
-// SAFETY: a `Buffer` owns plain bytes, like a `Vec<u8>`.
+struct Piece {
+    start: NonNull<u8>,
+    /// Keeps the memory.
+    map: MmapMut,
+}
+
+// SAFETY: the pointer goes to the memory of `map`, which may be used from any thread.
+unsafe impl Send for Piece {}
+// SAFETY: the pointer is only followed by the `Buffer`s, each to its own part.
+unsafe impl Sync for Piece {}
+
+impl Piece {
+    /// Bytes of a piece, unless a single buffer takes more.
+    const LEN: usize = 32 << 20;
+
+    fn new(len: usize) -> Option<Self> {
+        let mut map = MmapMut::map_anon(len).ok()?;
+        // Advice; a system without huge pages refuses it.
+        #[cfg(target_os = "linux")]
+        let _ = map.advise(memmap2::Advice::HugePage);
+        Some(Self { start: NonNull::new(map.as_mut_ptr())?, map })
+    }
+}
+
+impl Arena {
+    /// `len` zero bytes that start on a cache line, or `None` when there is no such memory.
+    pub(super) fn zeroed(&self, len: usize) -> Option<Buffer> {
+        let taken = len.max(1).checked_next_multiple_of(64)?;
+        let mut current = self.piece.lock().unwrap_or_else(PoisonError::into_inner);
+        let fits = |&(ref piece, used): &(Arc<Piece>, usize)| taken <= piece.map.len() - used;
+        let (piece, used) = match current.take().filter(fits) {
+            Some(piece) => piece,
+            None => (Arc::new(Piece::new(taken.max(Piece::LEN))?), 0),
+        };
+        // SAFETY: the piece has `taken` bytes from `used` on.
+        let start = unsafe { piece.start.add(used) };
+        *current = Some((Arc::clone(&piece), used + taken));
+        Some(Buffer { start, len, _piece: piece })
+    }
+}
+
+/// Bytes of an [`Arena`] that start on a cache line, all zero at first.
+pub(super) struct Buffer {
+    start: NonNull<u8>,
+    len: usize,
+    _piece: Arc<Piece>,
+}
+
+// SAFETY: a `Buffer` owns its part of the piece, plain bytes, like a `Vec<u8>`.
 unsafe impl Send for Buffer {}
 // SAFETY: shared access only reads.
 unsafe impl Sync for Buffer {}
 
 impl Buffer {
-    /// `len` zero bytes, or `None` when there is no such size.
-    pub(super) fn zeroed(len: usize) -> Option<Self> {
-        let layout = Layout::from_size_align(len.max(1), 64).ok()?;
-        // SAFETY: the size is not zero.
-        let start = unsafe { alloc_zeroed(layout) };
-        let start = NonNull::new(start).unwrap_or_else(|| handle_alloc_error(layout));
-        Some(Self { start, layout })
-    }
-
     pub(super) fn as_slice(&self) -> &[u8] {
-        // SAFETY: `zeroed` allocated and initialised that many bytes.
-        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.layout.size()) }
+        // SAFETY: `zeroed` gave these initialised bytes to this buffer alone.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
     }
 
     pub(super) fn as_mut_slice(&mut self) -> &mut [u8] {
         // SAFETY: as above, and `self` is borrowed exclusively.
-        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.layout.size()) }
-    }
-}
-
-impl Drop for Buffer {
-    fn drop(&mut self) {
-        // SAFETY: `zeroed` allocated it with this layout.
-        unsafe { dealloc(self.start.as_ptr(), self.layout) }
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
     }
 }
 

@@ -44,6 +44,8 @@ pub(crate) struct Cpu {
     pool: pool::Pool,
     tier: Tier,
     dtype: DType,
+    /// Where packed weights lie.
+    weights: memory::Arena,
     /// Spare buffers for rearranged activations.
     scratch: Mutex<Vec<Vec<u32>>>,
 }
@@ -58,7 +60,7 @@ impl Cpu {
         };
         let pool = pool::Pool::new(threads)
             .map_err(|error| Error::from(error).context(format!("starting {threads} threads")))?;
-        Ok(Self { pool, tier, dtype, scratch: Mutex::new(Vec::new()) })
+        Ok(Self { pool, tier, dtype, weights: memory::Arena::default(), scratch: Mutex::default() })
     }
 
     pub(crate) fn tier(&self) -> Tier {

@@ -14,13 +14,15 @@
 //! Missing rows of the last panel and missing `k` of the last dense block are zeros.
 #![allow(unsafe_code)] // Threads pack disjoint panels of one buffer.
 
+use std::borrow::Cow;
+
 use half::{bf16, f16};
 
 use super::memory::{Buffer, Shared};
 use super::{Arithmetic, Cpu};
 use crate::backend::reference;
 use crate::config::DType;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::weights::{Encoding, StoredTensor};
 
 /// Rows of a panel.
@@ -120,89 +122,100 @@ fn pack_segment(cpu: &Cpu, parts: &[StoredTensor], start: usize) -> Result<Segme
     let panels = sources.len().div_ceil(PANEL);
     let mut data = panels
         .checked_mul(stride)
-        .and_then(Buffer::zeroed)
-        .ok_or_else(|| Error::checkpoint(format!("tensor `{}` is too large", parts[0].name)))?;
+        .and_then(|len| cpu.weights.zeroed(len))
+        .ok_or_else(|| out_of_memory(&parts[0].name))?;
     let shared = Shared::new(data.as_mut_slice());
     cpu.pool.run(panels, &|panel| {
         // SAFETY: each panel is its own part, and is visited once.
         let bytes = unsafe { shared.part(panel * stride, stride) };
-        let first = panel * PANEL;
-        for (lane, &(part, row)) in sources[first..].iter().take(PANEL).enumerate() {
-            let writer = RowWriter { bytes, lane, encoding, arithmetic };
-            if encoding.block_len() == 1 {
-                writer.dense(part, row);
-            } else {
-                writer.quantised(part.row_bytes(row));
-            }
-        }
+        let sources = sources[panel * PANEL..].iter().take(PANEL);
+        let rows: Vec<_> = sources.map(|&(part, row)| kept_row(part, row, encoding)).collect();
+        pack_panel(&rows, bytes, encoding, arithmetic);
     });
+    parts.iter().for_each(|part| part.data.release());
     Ok(Segment { encoding, arithmetic, start, rows: sources.len(), stride, data })
 }
 
-/// Writes one row into its lane of a panel.
-struct RowWriter<'a> {
-    bytes: &'a mut [u8],
-    lane: usize,
+fn out_of_memory(tensor: &str) -> Error {
+    Error::new(ErrorKind::OutOfMemory, format!("tensor `{tensor}` does not fit in memory"))
+}
+
+/// A row in the encoding that it is kept in, filled up with zeros to whole blocks.
+fn kept_row(part: &StoredTensor, row: usize, encoding: Encoding) -> Cow<'_, [u8]> {
+    let (stored, cols) = (part.row_bytes(row), part.cols());
+    let missing = cols.next_multiple_of(block_len(encoding)) - cols;
+    if part.encoding == encoding && missing == 0 {
+        return stored.into();
+    }
+    let mut values = vec![0.0; cols + missing];
+    reference::dequantize(part.encoding, stored, &mut values[..cols]);
+    let bytes: Vec<u8> = match encoding {
+        Encoding::F32 => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
+        Encoding::F16 => values.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect(),
+        _ => values.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect(),
+    };
+    bytes.into()
+}
+
+/// Writes up to [`PANEL`] rows of whole blocks into a panel of zeros.
+fn pack_panel(
+    rows: &[Cow<'_, [u8]>],
+    panel: &mut [u8],
     encoding: Encoding,
     arithmetic: Arithmetic,
-}
-
-impl RowWriter<'_> {
-    fn dense(self, part: &StoredTensor, row: usize) {
-        let mut values = vec![0.0; part.cols()];
-        reference::dequantize(part.encoding, part.row_bytes(row), &mut values);
-        for (k, &value) in values.iter().enumerate() {
-            let slot = self.slot(k);
-            match self.encoding {
-                Encoding::F32 => put(self.bytes, slot * 4, value.to_le_bytes()),
-                Encoding::F16 => put(self.bytes, slot * 2, f16::from_f32(value).to_le_bytes()),
-                _ => put(self.bytes, slot * 2, bf16::from_f32(value).to_le_bytes()),
+) {
+    let scales = match encoding {
+        Encoding::F32 | Encoding::F16 | Encoding::BF16 => 0,
+        Encoding::Q4_0 | Encoding::Q8_0 => 1,
+        Encoding::Q4_1 => 2,
+    };
+    let len = block_len(encoding) / encoding.block_len() * encoding.block_bytes();
+    for (index, block) in panel.chunks_exact_mut(block_bytes(encoding)).enumerate() {
+        let stored = |lane: usize| rows.get(lane).map(|row| &row[index * len..(index + 1) * len]);
+        let (head, numbers) = block.split_at_mut(scales * PANEL * 2);
+        interleave::<2>(|lane| Some(&stored(lane)?[..scales * 2]), head);
+        let body = |lane: usize| Some(&stored(lane)?[scales * 2..]);
+        match (encoding, arithmetic) {
+            (Encoding::Q4_0 | Encoding::Q4_1, _) => interleave_nibbles(body, numbers),
+            (Encoding::Q8_0, Arithmetic::Exact) => interleave::<1>(body, numbers),
+            (Encoding::Q8_0, Arithmetic::Pairs) => interleave::<2>(body, numbers),
+            (Encoding::F32, _) | (Encoding::F16 | Encoding::BF16, Arithmetic::Pairs) => {
+                interleave::<4>(body, numbers);
             }
+            (Encoding::F16 | Encoding::BF16, Arithmetic::Exact) => interleave::<2>(body, numbers),
         }
     }
+}
 
-    fn quantised(self, row: &[u8]) {
-        let block = block_bytes(self.encoding);
-        let stored = row.chunks_exact(self.encoding.block_bytes());
-        for (stored, panel) in stored.zip(self.bytes.chunks_exact_mut(block)) {
-            let scales = if self.encoding == Encoding::Q4_1 { 2 } else { 1 };
-            for i in 0..scales {
-                put(panel, (i * PANEL + self.lane) * 2, [stored[2 * i], stored[2 * i + 1]]);
-            }
-            let (numbers, panel) = (&stored[2 * scales..], &mut panel[scales * PANEL * 2..]);
-            if self.encoding == Encoding::Q8_0 {
-                for (k, &number) in numbers.iter().enumerate() {
-                    panel[slot(self.arithmetic, self.lane, k)] = number;
-                }
-            } else {
-                for k in 0..32 {
-                    let number = if k < 16 { numbers[k] & 15 } else { numbers[k - 16] >> 4 };
-                    self::nibble(panel, self.lane, k, number);
-                }
-            }
+/// Rows of units of `N` bytes → `[unit][lane]`. `row` gives a lane's units, or `None` for no row.
+fn interleave<'a, const N: usize>(row: impl Fn(usize) -> Option<&'a [u8]>, out: &mut [u8]) {
+    for (lane, row) in (0..PANEL).map_while(|lane| Some((lane, row(lane)?))) {
+        for (unit, out) in row.chunks_exact(N).zip(out.chunks_exact_mut(PANEL * N)) {
+            out[lane * N..(lane + 1) * N].copy_from_slice(unit);
         }
     }
+}
 
-    fn slot(&self, k: usize) -> usize {
-        slot(self.arithmetic, self.lane, k)
+/// Rows of 16 bytes, whose low halves are the numbers 0..16 and high halves 16..32, → `[k / 8][lane]`
+/// words of 32 bits, as the module describes them.
+fn interleave_nibbles<'a>(row: impl Fn(usize) -> Option<&'a [u8]>, out: &mut [u8]) {
+    let mut stored = [[0u32; PANEL]; 4];
+    for (lane, row) in (0..PANEL).map_while(|lane| Some((lane, row(lane)?))) {
+        for (stored, four) in stored.iter_mut().zip(row.chunks_exact(4)) {
+            stored[lane] = u32::from_le_bytes([four[0], four[1], four[2], four[3]]);
+        }
+    }
+    for (eight, out) in out.chunks_exact_mut(PANEL * 4).enumerate() {
+        let (first, shift) = (eight % 2 * 2, eight / 2 * 4);
+        for (lane, out) in out.chunks_exact_mut(4).enumerate() {
+            let word = spread(stored[first][lane] >> shift)
+                | spread(stored[first + 1][lane] >> shift) << 8;
+            out.copy_from_slice(&word.to_le_bytes());
+        }
     }
 }
 
-/// Where the number of row `lane` and `k` stands, counted in numbers.
-fn slot(arithmetic: Arithmetic, lane: usize, k: usize) -> usize {
-    match arithmetic {
-        Arithmetic::Exact => k * PANEL + lane,
-        Arithmetic::Pairs => (k / 2 * PANEL + lane) * 2 + k % 2,
-    }
-}
-
-/// Writes a 4-bit number of a block that was zero.
-fn nibble(panel: &mut [u8], lane: usize, k: usize, number: u8) {
-    let word = (k / 8 * PANEL + lane) * 2 + k % 2;
-    let j = k % 8 / 2;
-    panel[word * 2 + j / 2] |= number << (4 * (j % 2));
-}
-
-fn put<const N: usize>(bytes: &mut [u8], at: usize, value: [u8; N]) {
-    bytes[at..at + N].copy_from_slice(&value);
+/// The low halves of bytes 0 to 3, moved to the bits 0, 16, 4 and 20.
+fn spread(bytes: u32) -> u32 {
+    bytes & 0xf | (bytes & 0xf00) << 8 | (bytes & 0xf_0000) >> 12 | (bytes & 0xf00_0000) >> 4
 }

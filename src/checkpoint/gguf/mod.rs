@@ -49,12 +49,12 @@ pub type Metadata = BTreeMap<String, Value>;
 /// Reads the keys and values of a `.gguf` file, among them the tokenizer's; no tensor is looked at.
 pub fn metadata(path: &Path) -> Result<Metadata> {
     let map = mmap::map(path)?;
-    parse::metadata(map.as_ref().as_ref()).context(|| path.display())
+    parse::metadata((*map).as_ref()).context(|| path.display())
 }
 
 pub(super) fn load(path: &Path) -> Result<Checkpoint> {
     let map = mmap::map(path)?;
-    let file = parse::File::parse(map.as_ref().as_ref()).context(|| path.display())?;
+    let file = parse::File::parse((*map).as_ref()).context(|| path.display())?;
     let tensors = file.tensors(&map).context(|| path.display())?;
     let spec = model::spec(&file.metadata, &tensors).context(|| path.display())?;
     model::assemble(path, spec, tensors)

@@ -75,7 +75,7 @@ impl File {
         let mut tensors = Vec::new();
         for info in &self.infos {
             let encoding = encoding(info.ggml_type);
-            let range = self.range(info, encoding, map.as_ref().as_ref().len())?;
+            let range = self.range(info, encoding, (**map).as_ref().len())?;
             ranges.push((range.clone(), info.name.as_str()));
             tensors.push(RawTensor {
                 name: info.name.clone(),
