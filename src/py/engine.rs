@@ -38,10 +38,11 @@ impl Engine {
     fn new(
         py: Python<'_>,
         path: PathBuf,
-        eos_token_ids: Py<PyAny>,
+        eos_token_ids: &Bound<'_, PyAny>,
         options: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<Self> {
         let options = EngineOptions::read(options)?;
+        let eos_token_ids = eos_token_ids.clone().unbind();
         py.detach(|| {
             let dtype = options.dtype.name();
             let backend = options.backend()?;

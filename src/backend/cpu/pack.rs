@@ -132,7 +132,9 @@ fn pack_segment(cpu: &Cpu, parts: &[StoredTensor], start: usize) -> Result<Segme
         let rows: Vec<_> = sources.map(|&(part, row)| kept_row(part, row, encoding)).collect();
         pack_panel(&rows, bytes, encoding, arithmetic);
     });
-    parts.iter().for_each(|part| part.data.release());
+    for part in parts {
+        part.data.release();
+    }
     Ok(Segment { encoding, arithmetic, start, rows: sources.len(), stride, data })
 }
 
@@ -178,11 +180,11 @@ fn pack_panel(
         match (encoding, arithmetic) {
             (Encoding::Q4_0 | Encoding::Q4_1, _) => interleave_nibbles(body, numbers),
             (Encoding::Q8_0, Arithmetic::Exact) => interleave::<1>(body, numbers),
-            (Encoding::Q8_0, Arithmetic::Pairs) => interleave::<2>(body, numbers),
             (Encoding::F32, _) | (Encoding::F16 | Encoding::BF16, Arithmetic::Pairs) => {
                 interleave::<4>(body, numbers);
             }
-            (Encoding::F16 | Encoding::BF16, Arithmetic::Exact) => interleave::<2>(body, numbers),
+            (Encoding::Q8_0, Arithmetic::Pairs)
+            | (Encoding::F16 | Encoding::BF16, Arithmetic::Exact) => interleave::<2>(body, numbers),
         }
     }
 }
