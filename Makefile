@@ -92,7 +92,7 @@ wheel: $(VENV)/.ready ## Build the release wheel into dist/
 	$(BIN)/maturin build --release --out dist
 
 wheel-cuda: $(VENV)/.ready $(CUDA_HOME)/bin/nvcc ## Build the release wheel for CPU and NVIDIA GPUs into dist/
-	$(CUDA) $(BIN)/maturin build --release --features cuda --out dist
+	$(CUDA) $(BIN)/maturin build --release --features python,cuda --out dist
 
 clean: ## Remove what the other targets made
 	rm -rf $(VENV) $(VENV)-conformance $(VENV)-ray $(VENV)-cuda dist site target

@@ -117,7 +117,7 @@ impl Runner {
         let bytes_per_token = spec.num_layers * backend.kv_bytes_per_token(heads);
         let budget = backend.cache_budget(
             request.gpu_memory_utilization.unwrap_or(GPU_MEMORY_UTILIZATION),
-            weights.num_elements(),
+            weights.sizes(),
             request.max_num_batched_tokens * spec.activations_per_token()
                 + request.max_num_seqs * 2 * spec.vocab_size,
         )?;

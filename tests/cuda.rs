@@ -112,17 +112,61 @@ fn weights_of_every_encoding_stack() {
     }
 }
 
+const QUANTISED: [Encoding; 3] = [Encoding::Q8_0, Encoding::Q4_0, Encoding::Q4_1];
+
+#[test]
+fn quantised_linear_matches_the_reference() {
+    let mut random = Random::new(11);
+    for (dtype, encoding) in DTYPES.into_iter().flat_map(|d| QUANTISED.map(|e| (d, e))) {
+        let backend = gpu(dtype);
+        for (cols, outs) in [(32, 1), (96, 40), (160, 16), (2560, 24)] {
+            let weight = stored(&mut random, &[outs, cols], encoding);
+            let plain = reference::numbers(&weight);
+            let packed = backend.pack(&[weight], None).unwrap();
+            for rows in [1, 9, 17, 40, 70] {
+                let mut x = random.floats(rows * cols);
+                let given = activations(&backend, &mut x, &[rows, cols]);
+                let want = reference::linear(&x, &plain, cols, None);
+                // The weights themselves are not rounded: only the order of the sums differs.
+                let tolerance = 2e-5 * (cols as f32).sqrt();
+                assert_close(
+                    &values(&backend.logits(&given, &packed).unwrap()),
+                    &want,
+                    tolerance,
+                    || format!("{dtype:?} {encoding:?} {rows}x{cols}x{outs}"),
+                );
+            }
+        }
+    }
+}
+
 #[test]
 fn a_row_of_linear_does_not_depend_on_its_batch() {
     let mut random = Random::new(3);
-    for dtype in DTYPES {
+    let (rows, outs, cols) = (270, 140, 352);
+    for (dtype, encoding) in DTYPES.into_iter().flat_map(|d| {
+        [Encoding::F32].into_iter().chain(QUANTISED).map(move |encoding| (d, encoding))
+    }) {
         let backend = gpu(dtype);
-        let packed = backend.pack(&[stored(&mut random, &[20, 328], Encoding::F32)], None).unwrap();
-        let x = activations(&backend, &mut random.floats(70 * 328), &[70, 328]);
+        let packed = backend.pack(&[stored(&mut random, &[outs, cols], encoding)], None).unwrap();
+        let x = activations(&backend, &mut random.floats(rows * cols), &[rows, cols]);
+        // In blocks of 128; some of 64 below; the rest as few rows.
         let whole = bits(&backend.logits(&x, &packed).unwrap());
-        for (start, len) in [(0, 1), (69, 1), (5, 2), (3, 8), (11, 9), (1, 17), (20, 33), (2, 64)] {
+        for (start, len) in [
+            (0, 1),
+            (269, 1),
+            (5, 2),
+            (3, 8),
+            (11, 9),
+            (100, 17),
+            (20, 33),
+            (2, 64),
+            (7, 65),
+            (150, 80),
+        ] {
             let part = bits(&backend.logits(&x.narrow(0, start, len).unwrap(), &packed).unwrap());
-            assert_eq!(part, whole[start * 20..(start + len) * 20], "{dtype:?} rows {start}+{len}");
+            let same = part == whole[start * outs..(start + len) * outs];
+            assert!(same, "{dtype:?} {encoding:?} rows {start}+{len}");
         }
     }
 }
@@ -182,9 +226,11 @@ fn activations_and_gates_match_the_reference() {
 #[test]
 fn embedding_and_gather_pick_rows() {
     let mut random = Random::new(6);
-    for dtype in DTYPES {
+    for (dtype, case) in DTYPES.into_iter().flat_map(|dtype| (0..4).map(move |case| (dtype, case)))
+    {
         let backend = gpu(dtype);
-        let matrix = stored(&mut random, &[9, 64], Encoding::BF16);
+        let encoding = [Encoding::BF16, Encoding::Q8_0, Encoding::Q4_0, Encoding::Q4_1][case];
+        let matrix = stored(&mut random, &[40, 64], encoding);
         let all = values(&backend.vector(&matrix).unwrap());
         let table = backend.table(matrix).unwrap();
         let lookup = |ids: &[u32]| {
@@ -194,19 +240,19 @@ fn embedding_and_gather_pick_rows() {
             backend.place(&mut batch, heads, &[]).unwrap();
             backend.embedding(&table, &batch)
         };
-        let rows = lookup(&[8, 0, 8]).unwrap();
+        let rows = lookup(&[39, 0, 8]).unwrap();
         let want: Vec<_> =
-            [8, 0, 8].into_iter().flat_map(|id| all[id * 64..][..64].to_vec()).collect();
+            [39, 0, 8].into_iter().flat_map(|id| all[id * 64..][..64].to_vec()).collect();
         assert_close(&values(&rows), &want, 1e-3, || format!("{dtype:?}"));
         let got = backend.gather_rows(&rows, &[1, 1, 0]).unwrap();
         assert_eq!(
             values(&got),
             [&values(&rows)[64..128], &values(&rows)[64..128], &values(&rows)[..64]].concat()
         );
-        let error = lookup(&[9]).unwrap_err().to_string();
-        assert!(error.contains("below 9") && error.contains("given: 9"), "{error}");
+        let error = lookup(&[40]).unwrap_err().to_string();
+        assert!(error.contains("below 40") && error.contains("given: 40"), "{error}");
         let tied = backend.tied(&table).unwrap();
-        assert_eq!((tied.in_features(), tied.out_features()), (64, 9));
+        assert_eq!((tied.in_features(), tied.out_features()), (64, 40));
     }
 }
 

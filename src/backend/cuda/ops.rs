@@ -6,11 +6,13 @@ use super::launch::{
     Address, Arguments, AttentionArgs, EmbeddingArgs, GateArgs, GatedActivationArgs, GatherArgs,
     Grid, LinearArgs, RmsNormArgs, RopeArgs,
 };
-use super::{Cuda, DeviceBatch, Matrix, address};
+use super::matrix::{Format, Matrix};
+use super::{Cuda, DeviceBatch, address};
 use crate::backend::{AttentionOp, Batch, Heads, LayerKv, RopeOp};
 use crate::error::{Error, Result};
 use crate::spec::{QkNorm, RopePairing};
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
+use half::bf16;
 
 const ROW_THREADS: u32 = 256;
 const ROPE_THREADS: u32 = 8 * 32;
@@ -19,6 +21,11 @@ const ATTENTION_THREADS: u32 = 4 * 32;
 const TILE_OUTS: usize = 16;
 const TILE_ROWS: usize = 8;
 const LINEAR_WARPS: usize = 16;
+/// Most tiles of the input in a block of `linear`; more rows are for `gemm`.
+const MAX_TILES: usize = 8;
+/// Of `gemm`: columns of a stage, and stages.
+const STEP: usize = 64;
+const STAGES: usize = 3;
 const EXACT_WARPS: usize = 4;
 /// Widest head that the kernels can hold.
 const MAX_HEAD_DIM: usize = 256;
@@ -47,10 +54,13 @@ impl Cuda {
 
     pub(in crate::backend) fn embedding(&self, table: &Matrix, batch: &Batch) -> Result<Tensor> {
         let out = self.empty((batch.ids.len(), table.cols()), DType::F32)?;
-        let encoding = match self.dtype {
-            DType::F32 => 0,
-            DType::F16 => 1,
-            _ => 2,
+        let encoding = match (table.format, self.dtype) {
+            (Format::Dense, DType::F32) => 0,
+            (Format::Dense, DType::F16) => 1,
+            (Format::Dense, _) => 2,
+            (Format::Q8_0, _) => 3,
+            (Format::Q4_0, _) => 4,
+            (Format::Q4_1, _) => 5,
         };
         let args = EmbeddingArgs {
             table: address(&table.weight)?,
@@ -116,14 +126,42 @@ impl Cuda {
                 "on a GPU, layers must have a multiple of 8 inputs; given: {cols}"
             )));
         }
-        let tiles = rows.div_ceil(TILE_ROWS).next_power_of_two().min(8);
+        let format = matrix.format;
+        if rows > MAX_TILES * TILE_ROWS {
+            self.gemm(rows, outs, format, args)?;
+            return Ok(out);
+        }
+        let tiles = rows.div_ceil(TILE_ROWS).next_power_of_two();
         let warps = cols.div_ceil(slice).min(LINEAR_WARPS);
         let shared = (warps + 1) * tiles * TILE_OUTS * TILE_ROWS * size_of::<f32>();
         debug_assert!(shared <= self.shared_bytes, "tiles and warps are few enough");
-        let blocks = (outs.div_ceil(TILE_OUTS) as u32, rows.div_ceil(tiles * TILE_ROWS) as u32);
-        let grid = Grid { blocks, threads: warps as u32 * 32, shared_bytes: shared as u32 };
-        self.launch(&format!("linear_{{}}_{tiles}"), grid, args)?;
+        let grid = Grid {
+            blocks: (outs.div_ceil(TILE_OUTS) as u32, 1),
+            threads: warps as u32 * 32,
+            shared_bytes: shared as u32,
+        };
+        self.launch(&format!("linear_{{}}_{}_{tiles}", format.name()), grid, args)?;
         Ok(out)
+    }
+
+    /// `linear` of many rows: in large blocks where these keep the GPU busy.
+    fn gemm(&self, rows: usize, outs: usize, format: Format, args: LinearArgs) -> Result<()> {
+        let blocks = |size: usize| (outs.div_ceil(size), rows.div_ceil(size));
+        let is_large = blocks(128).0 * blocks(128).1 >= self.multiprocessors;
+        let size = if is_large { 128 } else { 64 };
+        let row = STEP * size_of::<bf16>();
+        let weights = match format {
+            Format::Dense => size * row,
+            _ => size / TILE_OUTS * 2 * format.chunk_bytes(),
+        };
+        let stages = STAGES * (weights + size * row);
+        let shared = stages.max(size * (size + 4) * size_of::<f32>());
+        let grid = Grid {
+            blocks: (blocks(size).0 as u32, blocks(size).1 as u32),
+            threads: if is_large { 8 * 32 } else { 4 * 32 },
+            shared_bytes: shared as u32,
+        };
+        self.launch(&format!("gemm_{{}}_{}_{size}", format.name()), grid, args)
     }
 
     pub(in crate::backend) fn gated_activation(&self, x: &Tensor) -> Result<Tensor> {

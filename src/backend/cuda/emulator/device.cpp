@@ -226,11 +226,19 @@ constexpr size_t STACK_BYTES = 128 << 10;
 
 enum class Waiting { No, Barrier, WarpBarrier, Exchange, Done };
 
+struct Copy {
+    void *to;
+    const void *from;  // null: zeros
+    uint32_t group;
+};
+
 struct Fiber {
     Thread thread;
     void *stack_pointer;
     char *stack;
     Waiting waiting;
+    std::vector<Copy> copies;  // not waited for
+    uint32_t groups;           // of copies, so far
 };
 
 struct Warp {
@@ -263,6 +271,7 @@ void wait(Waiting what) {
 
 void run_fiber() {
     running->run(running_arguments);
+    if (!current->copies.empty()) fail("copies to shared memory that nobody has waited for");
     finished++;
     current->waiting = Waiting::Done;
     back_to_scheduler();
@@ -284,6 +293,8 @@ void prepare(Fiber &fiber, uint32_t index) {
                     index, 0, 0};
     fiber.stack = stack_of(index);
     fiber.waiting = Waiting::No;
+    fiber.copies.clear();
+    fiber.groups = 0;
     void **top = reinterpret_cast<void **>(fiber.stack + STACK_BYTES) - 2;
     *top = reinterpret_cast<void *>(run_fiber);  // where the first switch returns to
     for (int i = 0; i < 6; i++) *--top = nullptr;
@@ -403,6 +414,34 @@ void warp_barrier() {
         fibers[i].thread.warp_barriers++;
         if (fibers[i].waiting == Waiting::WarpBarrier) fibers[i].waiting = Waiting::No;
     }
+}
+
+void check_alignment(const void *address) {
+    if (reinterpret_cast<uintptr_t>(address) % 16) fail("16 bytes at %p, which is no multiple of 16", address);
+}
+
+void copy_begin(void *to, const void *from) {
+    check_alignment(to);
+    check_alignment(from);
+    shared_access(to, 16, true);
+    memset(to, UNINITIALISED, 16);
+    current->copies.push_back({to, from, current->groups});
+}
+
+void end_copies() { current->groups++; }
+
+void await_copies(uint32_t groups) {
+    std::vector<Copy> left;
+    for (const Copy &copy : current->copies) {
+        if (copy.group + groups >= current->groups) {
+            left.push_back(copy);
+            continue;
+        }
+        shared_access(copy.to, 16, true);
+        if (copy.from) memcpy(copy.to, copy.from, 16);
+        else memset(copy.to, 0, 16);
+    }
+    current->copies.swap(left);
 }
 
 const void *exchange(const char *operation, const void *given, size_t bytes) {

@@ -3,6 +3,7 @@
 #include "driver.cpp"
 
 #include "../kernels/attention.cu"
+#include "../kernels/gemm.cu"
 #include "../kernels/linear.cu"
 #include "../kernels/rope.cu"
 #include "../kernels/rows.cu"
