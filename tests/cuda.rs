@@ -11,7 +11,9 @@ use astrai_rs::backend::{
 };
 use astrai_rs::cache::block::BlockId;
 use astrai_rs::config::DType;
+use astrai_rs::sampler::{Row, SampleState, Sampler, SamplingOptions, SamplingParams};
 use astrai_rs::spec::{Activation, QkNorm, RopePairing};
+use astrai_rs::step::Draw;
 use astrai_rs::weights::Encoding;
 use backend_support::{Random, assert_close, batch_of, round_like_cache, stored};
 use candle_core::{DType as CandleType, Device, Tensor};
@@ -441,6 +443,93 @@ fn steps_of_a_size_that_has_run_take_no_memory_from_the_driver() {
     let before = emulator::count(c"allocations");
     (0..5).for_each(|_| step());
     assert_eq!(emulator::count(c"allocations"), before);
+}
+
+/// Tokens of the device and of the sampler, for random rows and these options.
+fn check_draws(random: &mut Random, backend: &Backend, vocab: usize, options: &SamplingOptions) {
+    let params = SamplingParams::new(options, vocab).unwrap();
+    let rows = 12;
+    let mut logits: Vec<f32> = random.floats(rows * vocab).iter().map(|x| 12.0 * x).collect();
+    for x in &mut logits[..6 * vocab] {
+        *x = (2.0 * *x).round() / 2.0; // with many ties
+    }
+    let device = residual(backend, &logits, &[rows, vocab]);
+    let (mut draws, mut want) = (Vec::new(), Vec::new());
+    for (row, logits) in logits.chunks(vocab).enumerate() {
+        let mut state = SampleState::new(row as u64, 0);
+        let tokens = [1, 2, 3];
+        let row_of = Row { logits, tokens: &tokens, num_prompt: 2, params: &params, mask: None };
+        draws.push((row as u32, row_of.draw(&state).expect("plain")));
+        want.push(Some(Sampler::new(Vec::new()).sample(&row_of, &mut state).unwrap()));
+    }
+    let got = backend.draw(&device, &draws).unwrap();
+    assert_eq!(got, want, "{vocab} ids, {options:?}");
+    // In another batch the same.
+    let some: Vec<_> = draws.iter().copied().step_by(5).rev().collect();
+    let expect: Vec<_> = want.iter().copied().step_by(5).rev().collect();
+    assert_eq!(backend.draw(&device, &some).unwrap(), expect);
+}
+
+#[test]
+fn draws_are_the_samplers() {
+    let mut random = Random::new(12);
+    let backend = gpu(DType::BFloat16);
+    for vocab in [3, 40, 1000, 3000] {
+        for (temperature, top_k, top_p, min_p) in [
+            (0.0, 0, 1.0, 0.0),
+            (1.0, 0, 1.0, 0.0),
+            (4.0, 5, 1.0, 0.0),
+            (1.5, 0, 0.7, 0.0),
+            (2.0, 0, 1.0, 0.05),
+            (3.0, 50, 0.9, 0.01),
+            (9.0, 1, 0.5, 0.0),
+            (0.3, 0, 1e-3, 1.0),
+            (100.0, 2000, 0.999, 0.0),
+        ] {
+            let options =
+                SamplingOptions { temperature, top_k, top_p, min_p, ..SamplingOptions::default() };
+            check_draws(&mut random, &backend, vocab, &options);
+        }
+    }
+}
+
+#[test]
+fn a_row_that_is_no_row_of_numbers_gives_no_token() {
+    let backend = gpu(DType::Float32);
+    let draw =
+        Draw { inverse_temperature: None, top_k: None, top_p: 1.0, min_p: 0.0, uniform: 0.5 };
+    for (bad, want) in
+        [(f32::NAN, None), (f32::INFINITY, None), (f32::NEG_INFINITY, None), (2.0, Some(1))]
+    {
+        let logits = residual(&backend, &[0.0, 1.0, -1.0, 1.0, 1.0, bad], &[2, 3]);
+        let draws = [(0, draw), (1, draw)];
+        let second = want.map(|_| 2);
+        assert_eq!(backend.draw(&logits, &draws).unwrap(), [Some(1), second], "{bad}");
+    }
+}
+
+#[test]
+fn faults_are_reported() {
+    assert_eq!(emulator::report_of(c"broken_nowhere"), None);
+    for (kernel, expect) in [
+        (c"broken_read_past_the_end", "past the end of an allocation of 256 bytes"),
+        (c"broken_write_before_the_start", "before an allocation of 256 bytes"),
+        (c"broken_use_after_free", "freed memory"),
+        (c"broken_barrier_of_some", "a barrier is not reached by all threads"),
+        (c"broken_shuffle_of_some", "the lanes of a warp do not all reach"),
+        (c"broken_different_operations", "lanes of a warp do different things"),
+        (c"broken_race_of_write_and_read", "shared memory race"),
+        (c"broken_race_of_two_writes", "shared memory race"),
+        (c"broken_race_with_an_atomic", "shared memory race"),
+        (c"broken_shared_memory_not_written", "read before it is written"),
+        (c"broken_shared_memory_past_the_end", "index 64 of an array of 64"),
+        (c"broken_copy_not_awaited", "copies to shared memory that nobody has waited for"),
+        (c"broken_copy_into_what_others_read", "shared memory race"),
+        (c"broken_unaligned_load", "no multiple of 16"),
+    ] {
+        let report = emulator::report_of(kernel).unwrap_or_default();
+        assert!(report.contains(expect), "{kernel:?}: {report:?}");
+    }
 }
 
 #[test]

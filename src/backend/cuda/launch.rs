@@ -19,12 +19,13 @@ pub(super) type Address = u64;
 const SHARED_BYTES: u32 = 48 << 10;
 
 /// What the build script made of `kernels/*.cu`, and the kernels in it. `{}` stands for each type.
-const MODULES: [(&[u8], &[&str]); 5] = [
+const MODULES: [(&[u8], &[&str]); 6] = [
     (
         include_bytes!(concat!(env!("OUT_DIR"), "/rows.fatbin")),
         &["embedding", "gather_rows", "rms_norm_{}", "gate_attention_{}", "gated_activation_{}"],
     ),
     (include_bytes!(concat!(env!("OUT_DIR"), "/rope.fatbin")), &["rope_and_cache_{}"]),
+    (include_bytes!(concat!(env!("OUT_DIR"), "/sample.fatbin")), &["sample"]),
     (
         include_bytes!(concat!(env!("OUT_DIR"), "/linear.fatbin")),
         &[
@@ -85,7 +86,9 @@ arguments! {
     GatedActivationArgs { x: Address, out: Address, width: u32 }
     /// `gather_rows`.
     GatherArgs { x: Address, rows: Address, out: Address, words: u32 }
-    /// `linear_*`.
+    /// `sample`.
+    SampleArgs { logits: Address, draws: Address, tokens: Address, vocab: u32 }
+    /// `linear_*` and `gemm_*`.
     LinearArgs {
         weight: Address, x: Address, bias: Address, out: Address,
         rows: u32, cols: u32, outs: u32, slice: u32, out_is_f32: u32,

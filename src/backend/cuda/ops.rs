@@ -4,18 +4,20 @@ use candle_core::{DType, Tensor};
 
 use super::launch::{
     Address, Arguments, AttentionArgs, EmbeddingArgs, GateArgs, GatedActivationArgs, GatherArgs,
-    Grid, LinearArgs, RmsNormArgs, RopeArgs,
+    Grid, LinearArgs, RmsNormArgs, RopeArgs, SampleArgs,
 };
 use super::matrix::{Format, Matrix};
 use super::{Cuda, DeviceBatch, address};
 use crate::backend::{AttentionOp, Batch, Heads, LayerKv, RopeOp};
 use crate::error::{Error, Result};
 use crate::spec::{QkNorm, RopePairing};
+use crate::step::Draw;
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use half::bf16;
 
 const ROW_THREADS: u32 = 256;
 const ROPE_THREADS: u32 = 8 * 32;
+const SAMPLE_THREADS: u32 = 32 * 32;
 const ATTENTION_THREADS: u32 = 4 * 32;
 /// Rows of the weights that a block of `linear` takes, and rows of the input in a tensor-core tile.
 const TILE_OUTS: usize = 16;
@@ -212,6 +214,26 @@ impl Cuda {
         Ok(out)
     }
 
+    /// A token for each row and draw; `None` where a logit is no number.
+    pub(in crate::backend) fn draw(
+        &self,
+        logits: &Tensor,
+        draws: &[(u32, Draw)],
+    ) -> Result<Vec<Option<u32>>> {
+        let tokens = self.empty(draws.len(), DType::U32)?;
+        let words =
+            self.upload(draws.iter().flat_map(|(row, draw)| words_of(*row, draw)).collect())?;
+        let args = SampleArgs {
+            logits: address(logits)?,
+            draws: address(&words)?,
+            tokens: address(&tokens)?,
+            vocab: logits.dims()[1] as u32,
+        };
+        self.queue("sample", Grid::each(draws.len(), SAMPLE_THREADS), args)?;
+        let tokens = tokens.to_vec1::<u32>()?;
+        Ok(tokens.into_iter().map(|token| (token != u32::MAX).then_some(token)).collect())
+    }
+
     pub(in crate::backend) fn rope_and_cache(
         &self,
         qkv: &Tensor,
@@ -304,6 +326,15 @@ impl Cuda {
         }
         Ok(out)
     }
+}
+
+/// The kernel's `Draw`.
+fn words_of(row: u32, draw: &Draw) -> [u32; 8] {
+    let halves = |number: f64| [number.to_bits() as u32, (number.to_bits() >> 32) as u32];
+    let ([top_p, top_p_high], [uniform, uniform_high]) = (halves(draw.top_p), halves(draw.uniform));
+    let scale = draw.inverse_temperature.unwrap_or(0.0).to_bits();
+    let top_k = draw.top_k.unwrap_or(0) as u32;
+    [row, top_k, scale, draw.min_p.to_bits(), top_p, top_p_high, uniform, uniform_high]
 }
 
 /// The batch in device memory.

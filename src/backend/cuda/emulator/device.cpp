@@ -146,6 +146,7 @@ constexpr uint32_t NOBODY = ~0u, SEVERAL = ~0u - 1;
 struct Access {
     uint32_t thread = NOBODY, warp = NOBODY;  // or SEVERAL
     uint32_t barriers = 0, warp_barriers = 0;
+    bool atomic = false;
 };
 struct ByteHistory {
     Access write, read;
@@ -193,22 +194,28 @@ void *dynamic_array(size_t from, size_t bytes) {
     return dynamic->start + from;
 }
 
-void shared_access(const void *address, size_t bytes, bool write) {
+void shared_access(const void *address, size_t bytes, Use use) {
     SharedArray *array = array_at(address);
     if (!array) fail("shared memory of another block");
+    const bool write = use != Use::Read, atomic = use == Use::Atomic;
     const size_t first = static_cast<const char *>(address) - array->start;
-    const Access now = {thread->linear, thread->linear / LANES, thread->barriers, thread->warp_barriers};
+    const Access now = {thread->linear, thread->linear / LANES, thread->barriers, thread->warp_barriers, atomic};
     for (size_t i = first; i < first + bytes; i++) {
         ByteHistory &history = array->history[i];
-        if (!write && history.write.thread == NOBODY) fail("shared memory: byte %zu is read before it is written", i);
-        if (!ordered(history.write))
+        if (use != Use::Write && history.write.thread == NOBODY)
+            fail("shared memory: byte %zu is read before it is written", i);
+        if (!ordered(history.write) && !(atomic && history.write.atomic))
             fail("shared memory race: byte %zu is %s by thread %u and was written by thread %u, with no barrier between",
                  i, write ? "written" : "read", thread->linear, history.write.thread);
         if (write && !ordered(history.read))
             fail("shared memory race: byte %zu is written by thread %u and was read by others, with no barrier between",
                  i, thread->linear);
         if (write) {
+            // A thread's own write before an atomic one of its own is still one that others may meet.
+            const Access &last = history.write;
+            const bool plain = last.thread == now.thread && last.barriers == now.barriers && !last.atomic;
             history = {now, {}};
+            history.write.atomic = atomic && !plain;
         } else {
             const bool others = !ordered(history.read), other_warps = history.read.warp != now.warp;
             history.read = now;
@@ -423,7 +430,7 @@ void check_alignment(const void *address) {
 void copy_begin(void *to, const void *from) {
     check_alignment(to);
     check_alignment(from);
-    shared_access(to, 16, true);
+    shared_access(to, 16, Use::Write);
     memset(to, UNINITIALISED, 16);
     current->copies.push_back({to, from, current->groups});
 }
@@ -437,7 +444,7 @@ void await_copies(uint32_t groups) {
             left.push_back(copy);
             continue;
         }
-        shared_access(copy.to, 16, true);
+        shared_access(copy.to, 16, Use::Write);
         if (copy.from) memcpy(copy.to, copy.from, 16);
         else memset(copy.to, 0, 16);
     }

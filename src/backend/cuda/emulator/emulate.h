@@ -62,7 +62,8 @@ const void *given_by(const void *exchanged, int lane);
 // The block's shared array that `key` names, of `bytes`.
 void *shared_array(const void *key, size_t bytes);
 void *dynamic_array(size_t from, size_t bytes);
-void shared_access(const void *address, size_t bytes, bool write);
+enum class Use { Read, Write, Atomic };
+void shared_access(const void *address, size_t bytes, Use use);
 
 // Copies of 16 bytes to shared memory that go on while the thread does: until they have been waited for,
 // what they will write is not there.
@@ -90,11 +91,11 @@ class Element {
 public:
     explicit Element(T *address) : address(address) {}
     operator T() const {
-        shared_access(address, sizeof(T), false);
+        shared_access(address, sizeof(T), Use::Read);
         return *address;
     }
     Element &operator=(const T &value) {
-        shared_access(address, sizeof(T), true);
+        shared_access(address, sizeof(T), Use::Write);
         *address = value;
         return *this;
     }
@@ -141,11 +142,11 @@ struct SharedBytes {
 };
 
 #define KERNEL(name, Args, threads)                                                              \
-    static void name(const Args &args);                                                          \
+    static void name([[maybe_unused]] const Args &args);                                         \
     static const emulated::Kernel name##_kernel(#name, sizeof(Args), threads, [](const void *arguments) { \
         name(*static_cast<const Args *>(arguments));                                             \
     });                                                                                          \
-    static void name(const Args &args)
+    static void name([[maybe_unused]] const Args &args)
 
 inline void __syncthreads() { emulated::barrier(); }
 inline void __syncwarp() { emulated::warp_barrier(); }
@@ -218,6 +219,11 @@ template <typename V>
 inline V load_once(const V *address) {
     if (sizeof(V) == 16) emulated::check_alignment(address);
     return *address;
+}
+
+inline void atomic_add(const Shared<unsigned long long> &to, int64_t i, unsigned long long x) {
+    emulated::shared_access(to.address(i), sizeof x, emulated::Use::Atomic);
+    *to.address(i) += x;
 }
 
 inline void copy16_async(const Shared<uint4> &to, int64_t i, const void *from, bool inside) {

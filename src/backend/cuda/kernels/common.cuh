@@ -82,6 +82,10 @@ __device__ inline V load_once(const V *address) {
     return __ldcs(address);
 }
 
+__device__ inline void atomic_add(const Shared<unsigned long long> &to, int i, unsigned long long x) {
+    atomicAdd(to.address(i), x);
+}
+
 // Copies 16 aligned bytes of global memory to to[i], or zeros unless `inside`, while the thread goes on.
 // `copy_commit` ends a group of copies, `copy_wait` waits for all but the last groups.
 __device__ inline void copy16_async(const Shared<uint4> &to, int i, const void *from, bool inside) {
