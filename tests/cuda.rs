@@ -1,14 +1,15 @@
-//! The CUDA kernels on the emulated GPU: every op against `backend::reference`, batch invariance bit for
-//! bit, and the emulator's own promise that faults do not go by unseen.
+//! The CUDA kernels, on an emulated GPU or, without the feature `cuda-emulator`, on a real one: every op
+//! against `backend::reference`, batch invariance bit for bit, and the emulator's own promise that faults
+//! do not go by unseen.
 
-#![cfg(feature = "cuda-emulator")]
+#![cfg(feature = "cuda")]
 #![allow(clippy::unwrap_used)] // A failure is the test's.
 
 mod backend_support;
 
-use astrai_rs::backend::{
-    AttentionOp, Backend, Batch, Heads, LayerKv, RopeOp, Run, emulator, reference,
-};
+#[cfg(feature = "cuda-emulator")]
+use astrai_rs::backend::emulator;
+use astrai_rs::backend::{AttentionOp, Backend, Batch, Heads, LayerKv, RopeOp, Run, reference};
 use astrai_rs::cache::block::BlockId;
 use astrai_rs::config::DType;
 use astrai_rs::sampler::{Row, SampleState, Sampler, SamplingOptions, SamplingParams};
@@ -145,7 +146,9 @@ fn quantised_linear_matches_the_reference() {
 #[test]
 fn a_row_of_linear_does_not_depend_on_its_batch() {
     let mut random = Random::new(3);
-    let (rows, outs, cols) = (270, 140, 352);
+    // Enough blocks of 128 to keep all multiprocessors busy, of which the emulated GPU has four.
+    let (rows, outs) = if cfg!(feature = "cuda-emulator") { (270, 140) } else { (1700, 1700) };
+    let cols = 352;
     for (dtype, encoding) in DTYPES.into_iter().flat_map(|d| {
         [Encoding::F32].into_iter().chain(QUANTISED).map(move |encoding| (d, encoding))
     }) {
@@ -432,6 +435,7 @@ fn check_cuts(random: &mut Random, backend: &Backend, heads: Heads, window: Opti
     }
 }
 
+#[cfg(feature = "cuda-emulator")]
 #[test]
 fn steps_of_a_size_that_has_run_take_no_memory_from_the_driver() {
     let mut random = Random::new(9);
@@ -508,6 +512,7 @@ fn a_row_that_is_no_row_of_numbers_gives_no_token() {
     }
 }
 
+#[cfg(feature = "cuda-emulator")]
 #[test]
 fn faults_are_reported() {
     assert_eq!(emulator::report_of(c"broken_nowhere"), None);
@@ -540,6 +545,6 @@ fn what_the_gpu_cannot_do_is_an_error_that_says_so() {
     let x = activations(&backend, &mut random.floats(36), &[1, 36]);
     let error = backend.linear(&x, &packed).unwrap_err().to_string();
     assert!(error.contains("multiple of 8 inputs; given: 36"), "{error}");
-    let error = Backend::cuda(1, DType::Auto).unwrap_err().to_string();
-    assert!(error.contains("GPU 1 cannot be used"), "{error}");
+    let error = Backend::cuda(99, DType::Auto).unwrap_err().to_string();
+    assert!(error.contains("GPU 99 cannot be used"), "{error}");
 }

@@ -1,12 +1,14 @@
-//! Whole models on the emulated GPU: reference logits in every compute type, and the engine's promise
-//! that an output does not depend on what else runs.
+//! Whole models on the emulated GPU, or a real one without the feature `cuda-emulator`: reference logits
+//! in every compute type, and the engine's promise that an output does not depend on what else runs.
 
-#![cfg(feature = "cuda-emulator")]
+#![cfg(feature = "cuda")]
 
 mod fake;
 mod golden_support;
 
-use astrai_rs::backend::{Backend, emulator};
+use astrai_rs::backend::Backend;
+#[cfg(feature = "cuda-emulator")]
+use astrai_rs::backend::emulator;
 use astrai_rs::checkpoint;
 use astrai_rs::config::{DType, EngineConfig};
 use astrai_rs::engine::Engine;
@@ -76,6 +78,7 @@ fn outputs(
     outputs
 }
 
+#[cfg(feature = "cuda-emulator")]
 #[test]
 fn decode_steps_replay_graphs_and_take_no_memory() {
     let vocab_size = checkpoint::load(&fixture("llama")).expect("loads").spec.vocab_size;

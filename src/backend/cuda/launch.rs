@@ -19,7 +19,7 @@ pub(super) type Address = u64;
 const SHARED_BYTES: u32 = 48 << 10;
 
 /// What the build script made of `kernels/*.cu`, and the kernels in it. `{}` stands for each type.
-const MODULES: [(&[u8], &[&str]); 6] = [
+const MODULES: [(&[u8], &[&str]); 7] = [
     (
         include_bytes!(concat!(env!("OUT_DIR"), "/rows.fatbin")),
         &["embedding", "gather_rows", "rms_norm_{}", "gate_attention_{}", "gated_activation_{}"],
@@ -52,6 +52,10 @@ const MODULES: [(&[u8], &[&str]); 6] = [
             "attention_{half}_8",
             "merge_{half}",
         ],
+    ),
+    (
+        include_bytes!(concat!(env!("OUT_DIR"), "/prefill.fatbin")),
+        &["prefill_{half}_1", "prefill_{half}_2", "prefill_{half}_3", "prefill_{half}_4"],
     ),
 ];
 
@@ -99,7 +103,7 @@ arguments! {
         positions: Address, slots: Address, keys: Address, values: Address,
         heads: u32, kv_heads: u32, dim: u32, width: u32, adjacent: u32, qk_norm: u32, eps: f32,
     }
-    /// `attention_*` and `merge_*`.
+    /// `attention_*`, `merge_*` and `prefill_*`.
     AttentionArgs {
         qkv: Address, keys: Address, values: Address, out: Address, partial: Address,
         positions: Address, blocks: Address, items: Address, num_items: Address,

@@ -2,6 +2,7 @@
 
 use candle_core::{DType, Tensor};
 
+use super::batch::Cut;
 use super::launch::{
     Address, Arguments, AttentionArgs, EmbeddingArgs, GateArgs, GatedActivationArgs, GatherArgs,
     Grid, LinearArgs, RmsNormArgs, RopeArgs, SampleArgs,
@@ -317,14 +318,29 @@ impl Cuda {
             return Ok(out);
         }
         let chunks = chunks_of(dim)?;
-        let name = format!("attention_{{}}_{chunks}");
-        self.launch(&name, grid(plan.num_items, ATTENTION_THREADS), args)?;
+        let grid = |count| grid(count, ATTENTION_THREADS);
+        self.launch(&format!("attention_{{}}_{chunks}"), grid(plan.num_items), args)?;
+        let with = |(num_items, items)| AttentionArgs { items, num_items, ..args };
         if plan.num_partials > 0 {
-            let (num_items, items) = plan.merges;
-            let args = AttentionArgs { items, num_items, ..args };
-            self.launch("merge_{}", grid(plan.num_merges, ATTENTION_THREADS), args)?;
+            self.launch("merge_{}", grid(plan.num_merges), with(plan.merges))?;
+        }
+        if plan.num_prefills > 0 {
+            let name = format!("prefill_{{}}_{chunks}");
+            self.launch(&name, grid(plan.num_prefills), with(plan.prefills))?;
         }
         Ok(out)
+    }
+
+    /// How attention with these heads is cut into blocks.
+    pub(super) fn cut(&self, heads: Heads) -> Cut {
+        let blocks_wanted = if self.is_exact() { 0 } else { 2 * self.multiprocessors };
+        let prefill_tiles = match chunks_of(heads.head_dim) {
+            _ if self.is_exact() => 0,
+            Ok(1 | 2) => 4,
+            Ok(3 | 4) => 2,
+            _ => 0,
+        };
+        Cut { blocks_wanted, prefill_tiles }
     }
 }
 

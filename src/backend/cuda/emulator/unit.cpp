@@ -7,6 +7,7 @@
 #include "../kernels/attention.cu"
 #include "../kernels/gemm.cu"
 #include "../kernels/linear.cu"
+#include "../kernels/prefill.cu"
 #include "../kernels/rope.cu"
 #include "../kernels/rows.cu"
 #include "../kernels/sample.cu"
