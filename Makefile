@@ -78,6 +78,7 @@ lint: develop ## Formatters, linters and type checkers; warnings are errors
 	$(BIN)/python -m mypy.stubtest astrai_rs._core
 
 lint-cuda: $(CUDA_HOME)/bin/nvcc ## Clippy on what only a CUDA build compiles
+	$(CUDA) cargo clippy --all-targets --features cuda,python -- -D warnings
 	$(CUDA) cargo clippy --all-targets --features cuda-emulator,python -- -D warnings
 
 fmt: $(VENV)/.ready ## Format all code
@@ -92,7 +93,8 @@ wheel: $(VENV)/.ready ## Build the release wheel into dist/
 	$(BIN)/maturin build --release --out dist
 
 wheel-cuda: $(VENV)/.ready $(CUDA_HOME)/bin/nvcc ## Build the release wheel for CPU and NVIDIA GPUs into dist/
-	$(CUDA) $(BIN)/maturin build --release --features cuda --out dist
+	$(CUDA) $(BIN)/maturin build --release --features python,cuda --out dist/cuda
+	$(BIN)/python tests/check_cuda_wheel.py dist/cuda/*.whl
 
 clean: ## Remove what the other targets made
 	rm -rf $(VENV) $(VENV)-conformance $(VENV)-ray $(VENV)-cuda dist site target

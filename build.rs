@@ -99,8 +99,6 @@ fn stand_in_for_cuda(out: &Path, toolkit: &Path) -> Result<(), Box<dyn Error>> {
     let cudart = cudart.ok_or_else(|| format!("no libcudart_static.a in {}", toolkit.display()))?;
     fs::copy(cudart, out.join("libcudart.a"))?;
     println!("cargo:rustc-link-search=native={}", out.display());
-    // A symbol that nobody defines is an error here, not a crash later.
-    println!("cargo:rustc-link-arg=-Wl,-z,defs");
     // Nobody's CUDA functions come before ours, whoever has loaded what into the process.
     println!("cargo:rustc-cdylib-link-arg=-Wl,-Bsymbolic");
     Ok(())

@@ -92,7 +92,7 @@ struct Free;
 impl Forward for Free {
     fn forward(&mut self, step: &Step<'_>, _beat: &dyn Fn()) -> Result<Logits> {
         let rows = step.chunks.iter().filter(|chunk| chunk.logits != LogitRows::None).count();
-        Ok(Logits { values: vec![0.0; rows * 2], vocab_size: 2 })
+        Ok(Logits { values: vec![0.0; rows * 2], vocab_size: 2, drawn: Vec::new() })
     }
 }
 

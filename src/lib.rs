@@ -23,7 +23,7 @@
 //! 3. [`step`]: what policy hands to tensors; [`engine`] runs schedule → forward → sample → commit,
 //!    on the thread of [`engine::thread`].
 //! 4. [`runner`] packs a step; [`decoder`] is the forward pass over [`layers`]; [`backend`] has the
-//!    fused ops, their naive reference and the CPU kernels.
+//!    fused ops, their naive reference and the kernels for CPUs and (feature `cuda`) NVIDIA GPUs.
 //! 5. [`checkpoint`] turns files into a [`spec::ModelSpec`] and [`weights::Weights`].
 //!
 //! # Invariants
@@ -38,7 +38,8 @@
 //! 4. **Names are canonical past the checkpoint.** No format flag survives loading.
 //! 5. **Every op has a reference version**, [`backend::reference`], and it is the specification.
 //! 6. **Only `py` names `PyO3`**; the crate builds, tests and benches without Python.
-//! 7. **Only `checkpoint` reads files** (but for the system's memory limit); **unsafe lives only in `backend::cpu` and the one mmap.**
+//! 7. **Only `checkpoint` reads files** (but for the system's memory limit); **unsafe lives only in `backend`'s kernels
+//!    and the one mmap.**
 //! 8. **The engine thread owns all mutable state**; others send commands and receive events.
 //! 9. **Nothing is guessed silently.** What is missing, unknown, misshapen or unsupported is an error
 //!    that names it, what was given and what is allowed.

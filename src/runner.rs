@@ -117,7 +117,7 @@ impl Runner {
         let bytes_per_token = spec.num_layers * backend.kv_bytes_per_token(heads);
         let budget = backend.cache_budget(
             request.gpu_memory_utilization.unwrap_or(GPU_MEMORY_UTILIZATION),
-            weights.num_elements(),
+            weights.sizes(),
             request.max_num_batched_tokens * spec.activations_per_token()
                 + request.max_num_seqs * 2 * spec.vocab_size,
         )?;
@@ -135,6 +135,7 @@ impl Runner {
 impl Forward for Runner {
     fn forward(&mut self, step: &Step<'_>, beat: &dyn Fn()) -> Result<Logits> {
         let (mut batch, mut rows) = (Batch::default(), Vec::new());
+        let (mut wanted, mut draws) = (Vec::new(), Vec::new());
         for chunk in &step.chunks {
             let (first, first_block) = (batch.ids.len(), batch.blocks.len());
             batch.ids.extend_from_slice(chunk.tokens);
@@ -146,11 +147,15 @@ impl Forward for Runner {
                 rows: first..batch.ids.len(),
                 blocks: first_block..batch.blocks.len(),
             });
-            let end = batch.ids.len() as u32;
+            let (end, row) = (batch.ids.len() as u32, rows.len() as u32);
             match chunk.logits {
-                LogitRows::None => {}
-                LogitRows::Last => rows.push(end - 1),
+                LogitRows::None => continue,
+                LogitRows::Last | LogitRows::Drawn(_) => rows.push(end - 1),
                 LogitRows::All => rows.extend(first as u32..end),
+            }
+            match chunk.logits {
+                LogitRows::Drawn(draw) => draws.push((row, draw)),
+                _ => wanted.extend(row..rows.len() as u32),
             }
         }
         let (backend, decoder, kv) = (&self.backend, &self.decoder, &self.kv);
@@ -164,9 +169,20 @@ impl Forward for Runner {
             backend.place(&mut batch, self.heads, &self.windows)?;
             pass(&batch, &rows)?
         };
-        let values =
-            logits.map_or(Ok(Vec::new()), |logits| logits.flatten_all()?.to_vec1::<f32>())?;
-        Ok(Logits { values, vocab_size: self.vocab_size })
+        let Some(logits) = logits else {
+            return Ok(Logits { vocab_size: self.vocab_size, ..Logits::default() });
+        };
+        let drawn = if draws.is_empty() { Vec::new() } else { backend.draw(&logits, &draws)? };
+        let values = match wanted.len() {
+            0 => Vec::new(),
+            len if len == rows.len() => logits.flatten_all()?.to_vec1()?,
+            _ => backend.gather_rows(&logits, &wanted)?.flatten_all()?.to_vec1()?,
+        };
+        Ok(Logits { values, vocab_size: self.vocab_size, drawn })
+    }
+
+    fn draws(&self) -> bool {
+        self.backend.draws()
     }
 }
 

@@ -72,7 +72,7 @@ pub struct SampleMetrics {
 pub type PromptLogprobs = Vec<Option<Vec<TokenLogprob>>>;
 
 /// The part of a sequence that the next step computes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Planned {
     /// How many tokens.
     pub len: usize,
@@ -81,11 +81,11 @@ pub struct Planned {
 }
 
 impl Planned {
-    /// How many rows need logits.
+    /// How many rows of logits come back.
     #[must_use]
     pub fn num_rows(&self) -> usize {
         match self.rows {
-            LogitRows::None => 0,
+            LogitRows::None | LogitRows::Drawn(_) => 0,
             LogitRows::Last => 1,
             LogitRows::All => self.len,
         }
@@ -184,8 +184,24 @@ impl Sequence {
 
     /// Whether the planned tokens are the last pending ones, so that the next token can be sampled.
     pub(crate) fn samples_next(&self) -> bool {
-        self.planned
-            .is_some_and(|planned| planned.num_rows() > 0 && planned.len == self.num_pending())
+        self.planned.is_some_and(|planned| {
+            planned.rows != LogitRows::None && planned.len == self.num_pending()
+        })
+    }
+
+    /// Lets the device draw the next token, where its logits are needed for nothing else.
+    pub(crate) fn plan_draw(&mut self) -> Result<()> {
+        if self.params.logprobs.is_some() || self.grammar.is_some() {
+            return Ok(());
+        }
+        let (row, state) = self.row(&[])?;
+        let draw = row.draw(state);
+        if let (Some(Planned { rows: rows @ LogitRows::Last, .. }), Some(draw)) =
+            (&mut self.planned, draw)
+        {
+            *rows = LogitRows::Drawn(draw);
+        }
+        Ok(())
     }
 
     /// The planned tokens, with the blocks that cover them and all before.

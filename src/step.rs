@@ -3,8 +3,23 @@
 use crate::cache::block::BlockId;
 use crate::error::Result;
 
+/// How a token is drawn where nothing changes its logits first: a row of logits and this give the token.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Draw {
+    /// What logits are multiplied by; `None` takes the likeliest token.
+    pub inverse_temperature: Option<f32>,
+    /// Keeps the tokens no less likely than the k-th.
+    pub top_k: Option<usize>,
+    /// Keeps the smallest set of likeliest tokens whose probabilities sum to this.
+    pub top_p: f64,
+    /// Keeps tokens of at least this fraction of the likeliest one's probability.
+    pub min_p: f32,
+    /// Where in the kept probabilities the token is; in [0, 1).
+    pub uniform: f64,
+}
+
 /// Which rows of a chunk need logits.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub enum LogitRows {
     /// None: a prefill chunk that does not reach the end of the prompt.
     None,
@@ -12,6 +27,8 @@ pub enum LogitRows {
     Last,
     /// Every row, for prompt log-probabilities.
     All,
+    /// None: the device draws the next token from the last row. Only where [`Forward::draws`].
+    Drawn(Draw),
 }
 
 /// A run of consecutive tokens of one sequence: a prefill chunk, or a single decode row.
@@ -31,7 +48,7 @@ impl Chunk<'_> {
     /// Whether it is one row, from which the next token is sampled.
     #[must_use]
     pub fn decodes(&self) -> bool {
-        self.tokens.len() == 1 && self.logits == LogitRows::Last
+        self.tokens.len() == 1 && matches!(self.logits, LogitRows::Last | LogitRows::Drawn(_))
     }
 }
 
@@ -42,13 +59,15 @@ pub struct Step<'a> {
     pub chunks: Vec<Chunk<'a>>,
 }
 
-/// Raw logits, one row per asked-for token, in the order of the chunks.
+/// Raw logits, one row per asked-for token, in the order of the chunks; and what was drawn.
 #[derive(Debug, Default)]
 pub struct Logits {
     /// `[rows, vocab_size]`, row-major.
     pub values: Vec<f32>,
     /// Width of a row.
     pub vocab_size: usize,
+    /// For each [`LogitRows::Drawn`] the token; `None` where the logits hold NaN or infinity.
+    pub drawn: Vec<Option<u32>>,
 }
 
 impl Logits {
@@ -69,4 +88,9 @@ pub trait Forward {
     /// The arithmetic of a row does not depend on the other chunks or on how a prompt is cut.
     /// `beat` is called now and then on the way: it shows that the pass goes on.
     fn forward(&mut self, step: &Step<'_>, beat: &dyn Fn()) -> Result<Logits>;
+
+    /// Whether it draws tokens, so that their logits need not leave the device.
+    fn draws(&self) -> bool {
+        false
+    }
 }

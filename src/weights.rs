@@ -198,10 +198,9 @@ impl Weights {
         self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor))
     }
 
-    /// Numbers of all tensors that were not taken yet.
-    #[must_use]
-    pub fn num_elements(&self) -> usize {
-        self.tensors.values().map(|tensor| tensor.rows() * tensor.cols()).sum()
+    /// How the numbers of each tensor that was not taken yet are stored, and how many there are.
+    pub fn sizes(&self) -> impl Iterator<Item = (Encoding, usize)> + '_ {
+        self.tensors.values().map(|tensor| (tensor.encoding, tensor.rows() * tensor.cols()))
     }
 
     fn error(&self, message: impl Into<String>) -> Error {

@@ -1,17 +1,20 @@
-//! The CUDA kernels on the emulated GPU: every op against `backend::reference`, batch invariance bit for
-//! bit, and the emulator's own promise that faults do not go by unseen.
+//! The CUDA kernels, on an emulated GPU or, without the feature `cuda-emulator`, on a real one: every op
+//! against `backend::reference`, batch invariance bit for bit, and the emulator's own promise that faults
+//! do not go by unseen.
 
-#![cfg(feature = "cuda-emulator")]
+#![cfg(feature = "cuda")]
 #![allow(clippy::unwrap_used)] // A failure is the test's.
 
 mod backend_support;
 
-use astrai_rs::backend::{
-    AttentionOp, Backend, Batch, Heads, LayerKv, RopeOp, Run, emulator, reference,
-};
+#[cfg(feature = "cuda-emulator")]
+use astrai_rs::backend::emulator;
+use astrai_rs::backend::{AttentionOp, Backend, Batch, Heads, LayerKv, RopeOp, Run, reference};
 use astrai_rs::cache::block::BlockId;
 use astrai_rs::config::DType;
+use astrai_rs::sampler::{Row, SampleState, Sampler, SamplingOptions, SamplingParams};
 use astrai_rs::spec::{Activation, QkNorm, RopePairing};
+use astrai_rs::step::Draw;
 use astrai_rs::weights::Encoding;
 use backend_support::{Random, assert_close, batch_of, round_like_cache, stored};
 use candle_core::{DType as CandleType, Device, Tensor};
@@ -112,17 +115,63 @@ fn weights_of_every_encoding_stack() {
     }
 }
 
+const QUANTISED: [Encoding; 3] = [Encoding::Q8_0, Encoding::Q4_0, Encoding::Q4_1];
+
+#[test]
+fn quantised_linear_matches_the_reference() {
+    let mut random = Random::new(11);
+    for (dtype, encoding) in DTYPES.into_iter().flat_map(|d| QUANTISED.map(|e| (d, e))) {
+        let backend = gpu(dtype);
+        for (cols, outs) in [(32, 1), (96, 40), (160, 16), (2560, 24)] {
+            let weight = stored(&mut random, &[outs, cols], encoding);
+            let plain = reference::numbers(&weight);
+            let packed = backend.pack(&[weight], None).unwrap();
+            for rows in [1, 9, 17, 40, 70] {
+                let mut x = random.floats(rows * cols);
+                let given = activations(&backend, &mut x, &[rows, cols]);
+                let want = reference::linear(&x, &plain, cols, None);
+                // The weights themselves are not rounded: only the order of the sums differs.
+                let tolerance = 2e-5 * (cols as f32).sqrt();
+                assert_close(
+                    &values(&backend.logits(&given, &packed).unwrap()),
+                    &want,
+                    tolerance,
+                    || format!("{dtype:?} {encoding:?} {rows}x{cols}x{outs}"),
+                );
+            }
+        }
+    }
+}
+
 #[test]
 fn a_row_of_linear_does_not_depend_on_its_batch() {
     let mut random = Random::new(3);
-    for dtype in DTYPES {
+    // Enough blocks of 128 to keep all multiprocessors busy, of which the emulated GPU has four.
+    let (rows, outs) = if cfg!(feature = "cuda-emulator") { (270, 140) } else { (1700, 1700) };
+    let cols = 352;
+    for (dtype, encoding) in DTYPES.into_iter().flat_map(|d| {
+        [Encoding::F32].into_iter().chain(QUANTISED).map(move |encoding| (d, encoding))
+    }) {
         let backend = gpu(dtype);
-        let packed = backend.pack(&[stored(&mut random, &[20, 328], Encoding::F32)], None).unwrap();
-        let x = activations(&backend, &mut random.floats(70 * 328), &[70, 328]);
+        let packed = backend.pack(&[stored(&mut random, &[outs, cols], encoding)], None).unwrap();
+        let x = activations(&backend, &mut random.floats(rows * cols), &[rows, cols]);
+        // In blocks of 128; some of 64 below; the rest as few rows.
         let whole = bits(&backend.logits(&x, &packed).unwrap());
-        for (start, len) in [(0, 1), (69, 1), (5, 2), (3, 8), (11, 9), (1, 17), (20, 33), (2, 64)] {
+        for (start, len) in [
+            (0, 1),
+            (269, 1),
+            (5, 2),
+            (3, 8),
+            (11, 9),
+            (100, 17),
+            (20, 33),
+            (2, 64),
+            (7, 65),
+            (150, 80),
+        ] {
             let part = bits(&backend.logits(&x.narrow(0, start, len).unwrap(), &packed).unwrap());
-            assert_eq!(part, whole[start * 20..(start + len) * 20], "{dtype:?} rows {start}+{len}");
+            let same = part == whole[start * outs..(start + len) * outs];
+            assert!(same, "{dtype:?} {encoding:?} rows {start}+{len}");
         }
     }
 }
@@ -182,9 +231,11 @@ fn activations_and_gates_match_the_reference() {
 #[test]
 fn embedding_and_gather_pick_rows() {
     let mut random = Random::new(6);
-    for dtype in DTYPES {
+    for (dtype, case) in DTYPES.into_iter().flat_map(|dtype| (0..4).map(move |case| (dtype, case)))
+    {
         let backend = gpu(dtype);
-        let matrix = stored(&mut random, &[9, 64], Encoding::BF16);
+        let encoding = [Encoding::BF16, Encoding::Q8_0, Encoding::Q4_0, Encoding::Q4_1][case];
+        let matrix = stored(&mut random, &[40, 64], encoding);
         let all = values(&backend.vector(&matrix).unwrap());
         let table = backend.table(matrix).unwrap();
         let lookup = |ids: &[u32]| {
@@ -194,19 +245,19 @@ fn embedding_and_gather_pick_rows() {
             backend.place(&mut batch, heads, &[]).unwrap();
             backend.embedding(&table, &batch)
         };
-        let rows = lookup(&[8, 0, 8]).unwrap();
+        let rows = lookup(&[39, 0, 8]).unwrap();
         let want: Vec<_> =
-            [8, 0, 8].into_iter().flat_map(|id| all[id * 64..][..64].to_vec()).collect();
+            [39, 0, 8].into_iter().flat_map(|id| all[id * 64..][..64].to_vec()).collect();
         assert_close(&values(&rows), &want, 1e-3, || format!("{dtype:?}"));
         let got = backend.gather_rows(&rows, &[1, 1, 0]).unwrap();
         assert_eq!(
             values(&got),
             [&values(&rows)[64..128], &values(&rows)[64..128], &values(&rows)[..64]].concat()
         );
-        let error = lookup(&[9]).unwrap_err().to_string();
-        assert!(error.contains("below 9") && error.contains("given: 9"), "{error}");
+        let error = lookup(&[40]).unwrap_err().to_string();
+        assert!(error.contains("below 40") && error.contains("given: 40"), "{error}");
         let tied = backend.tied(&table).unwrap();
-        assert_eq!((tied.in_features(), tied.out_features()), (64, 9));
+        assert_eq!((tied.in_features(), tied.out_features()), (64, 40));
     }
 }
 
@@ -384,6 +435,7 @@ fn check_cuts(random: &mut Random, backend: &Backend, heads: Heads, window: Opti
     }
 }
 
+#[cfg(feature = "cuda-emulator")]
 #[test]
 fn steps_of_a_size_that_has_run_take_no_memory_from_the_driver() {
     let mut random = Random::new(9);
@@ -397,6 +449,94 @@ fn steps_of_a_size_that_has_run_take_no_memory_from_the_driver() {
     assert_eq!(emulator::count(c"allocations"), before);
 }
 
+/// Tokens of the device and of the sampler, for random rows and these options.
+fn check_draws(random: &mut Random, backend: &Backend, vocab: usize, options: &SamplingOptions) {
+    let params = SamplingParams::new(options, vocab).unwrap();
+    let rows = 12;
+    let mut logits: Vec<f32> = random.floats(rows * vocab).iter().map(|x| 12.0 * x).collect();
+    for x in &mut logits[..6 * vocab] {
+        *x = (2.0 * *x).round() / 2.0; // with many ties
+    }
+    let device = residual(backend, &logits, &[rows, vocab]);
+    let (mut draws, mut want) = (Vec::new(), Vec::new());
+    for (row, logits) in logits.chunks(vocab).enumerate() {
+        let mut state = SampleState::new(row as u64, 0);
+        let tokens = [1, 2, 3];
+        let row_of = Row { logits, tokens: &tokens, num_prompt: 2, params: &params, mask: None };
+        draws.push((row as u32, row_of.draw(&state).expect("plain")));
+        want.push(Some(Sampler::new(Vec::new()).sample(&row_of, &mut state).unwrap()));
+    }
+    let got = backend.draw(&device, &draws).unwrap();
+    assert_eq!(got, want, "{vocab} ids, {options:?}");
+    // In another batch the same.
+    let some: Vec<_> = draws.iter().copied().step_by(5).rev().collect();
+    let expect: Vec<_> = want.iter().copied().step_by(5).rev().collect();
+    assert_eq!(backend.draw(&device, &some).unwrap(), expect);
+}
+
+#[test]
+fn draws_are_the_samplers() {
+    let mut random = Random::new(12);
+    let backend = gpu(DType::BFloat16);
+    for vocab in [3, 40, 1000, 3000] {
+        for (temperature, top_k, top_p, min_p) in [
+            (0.0, 0, 1.0, 0.0),
+            (1.0, 0, 1.0, 0.0),
+            (4.0, 5, 1.0, 0.0),
+            (1.5, 0, 0.7, 0.0),
+            (2.0, 0, 1.0, 0.05),
+            (3.0, 50, 0.9, 0.01),
+            (9.0, 1, 0.5, 0.0),
+            (0.3, 0, 1e-3, 1.0),
+            (100.0, 2000, 0.999, 0.0),
+        ] {
+            let options =
+                SamplingOptions { temperature, top_k, top_p, min_p, ..SamplingOptions::default() };
+            check_draws(&mut random, &backend, vocab, &options);
+        }
+    }
+}
+
+#[test]
+fn a_row_that_is_no_row_of_numbers_gives_no_token() {
+    let backend = gpu(DType::Float32);
+    let draw =
+        Draw { inverse_temperature: None, top_k: None, top_p: 1.0, min_p: 0.0, uniform: 0.5 };
+    for (bad, want) in
+        [(f32::NAN, None), (f32::INFINITY, None), (f32::NEG_INFINITY, None), (2.0, Some(1))]
+    {
+        let logits = residual(&backend, &[0.0, 1.0, -1.0, 1.0, 1.0, bad], &[2, 3]);
+        let draws = [(0, draw), (1, draw)];
+        let second = want.map(|_| 2);
+        assert_eq!(backend.draw(&logits, &draws).unwrap(), [Some(1), second], "{bad}");
+    }
+}
+
+#[cfg(feature = "cuda-emulator")]
+#[test]
+fn faults_are_reported() {
+    assert_eq!(emulator::report_of(c"broken_nowhere"), None);
+    for (kernel, expect) in [
+        (c"broken_read_past_the_end", "past the end of an allocation of 256 bytes"),
+        (c"broken_write_before_the_start", "before an allocation of 256 bytes"),
+        (c"broken_use_after_free", "freed memory"),
+        (c"broken_barrier_of_some", "a barrier is not reached by all threads"),
+        (c"broken_shuffle_of_some", "the lanes of a warp do not all reach"),
+        (c"broken_different_operations", "lanes of a warp do different things"),
+        (c"broken_race_of_write_and_read", "shared memory race"),
+        (c"broken_race_of_two_writes", "shared memory race"),
+        (c"broken_race_with_an_atomic", "shared memory race"),
+        (c"broken_shared_memory_not_written", "read before it is written"),
+        (c"broken_shared_memory_past_the_end", "index 64 of an array of 64"),
+        (c"broken_copy_not_awaited", "copies to shared memory that nobody has waited for"),
+        (c"broken_copy_into_what_others_read", "shared memory race"),
+        (c"broken_unaligned_load", "no multiple of 16"),
+    ] {
+        let report = emulator::report_of(kernel).unwrap_or_default();
+        assert!(report.contains(expect), "{kernel:?}: {report:?}");
+    }
+}
+
 #[test]
 fn what_the_gpu_cannot_do_is_an_error_that_says_so() {
     let mut random = Random::new(10);
@@ -405,6 +545,6 @@ fn what_the_gpu_cannot_do_is_an_error_that_says_so() {
     let x = activations(&backend, &mut random.floats(36), &[1, 36]);
     let error = backend.linear(&x, &packed).unwrap_err().to_string();
     assert!(error.contains("multiple of 8 inputs; given: 36"), "{error}");
-    let error = Backend::cuda(1, DType::Auto).unwrap_err().to_string();
-    assert!(error.contains("GPU 1 cannot be used"), "{error}");
+    let error = Backend::cuda(99, DType::Auto).unwrap_err().to_string();
+    assert!(error.contains("GPU 99 cannot be used"), "{error}");
 }

@@ -1,12 +1,14 @@
-//! Whole models on the emulated GPU: reference logits in every compute type, and the engine's promise
-//! that an output does not depend on what else runs.
+//! Whole models on the emulated GPU, or a real one without the feature `cuda-emulator`: reference logits
+//! in every compute type, and the engine's promise that an output does not depend on what else runs.
 
-#![cfg(feature = "cuda-emulator")]
+#![cfg(feature = "cuda")]
 
 mod fake;
 mod golden_support;
 
 use astrai_rs::backend::Backend;
+#[cfg(feature = "cuda-emulator")]
+use astrai_rs::backend::emulator;
 use astrai_rs::checkpoint;
 use astrai_rs::config::{DType, EngineConfig};
 use astrai_rs::engine::Engine;
@@ -49,7 +51,7 @@ fn random_requests(vocab: usize) -> Vec<(Vec<u32>, SamplingOptions)> {
             max_tokens: 1 + rng.below(8) as i64,
             temperature: [0.0, 0.8][rng.below(2)],
             seed: Some(seed),
-            logprobs: Some(2),
+            logprobs: [None, Some(2)][rng.below(2)], // drawn by the device, and not
             ..SamplingOptions::default()
         };
         (prompt, options)
@@ -74,6 +76,29 @@ fn outputs(
     }
     outputs.extend(run(&mut engine));
     outputs
+}
+
+#[cfg(feature = "cuda-emulator")]
+#[test]
+fn decode_steps_replay_graphs_and_take_no_memory() {
+    let vocab_size = checkpoint::load(&fixture("llama")).expect("loads").spec.vocab_size;
+    let config = EngineConfig { vocab_size, num_blocks: 32, ..fake::config() };
+    let mut engine =
+        Engine::new(runner("llama", gpu(DType::BFloat16)), config.clone()).expect("valid");
+    let options = |max_tokens| SamplingOptions { max_tokens, ..SamplingOptions::default() };
+    let round = |engine: &mut Engine<_>| {
+        let count = |what| emulator::count(what);
+        let before = [count(c"graph launches"), count(c"allocations")];
+        for max_tokens in [5, 12, 12] {
+            engine.submit(request(vec![1, 2, 3], &options(max_tokens), &config)).expect("fits");
+        }
+        run(engine);
+        [count(c"graph launches") - before[0], count(c"allocations") - before[1]]
+    };
+    // Eleven decode steps: the first of each size, 3 and 2, is computed before its graph is captured.
+    assert_eq!(round(&mut engine)[0], 9);
+    round(&mut engine); // takes new memory in place of the logits that the graphs keep
+    assert_eq!(round(&mut engine), [11, 0]);
 }
 
 #[test]

@@ -497,6 +497,7 @@ impl astrai_rs::step::Forward for Stuck {
         self.entered.send(()).expect("the test waits");
         self.blocked.recv().expect("the test lets go");
         let vocab_size = self.vocab_size;
-        Ok(astrai_rs::step::Logits { values: vec![0.0; vocab_size], vocab_size })
+        let values = vec![0.0; vocab_size];
+        Ok(astrai_rs::step::Logits { values, vocab_size, drawn: Vec::new() })
     }
 }

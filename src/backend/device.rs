@@ -12,6 +12,7 @@ use super::cuda::Cuda;
 use super::{Backend, F32, Heads, Kind, LayerKv, check};
 use crate::config::{BLOCK_SIZE, DType, DeviceChoice};
 use crate::error::{Error, ErrorKind, Result};
+use crate::weights::Encoding;
 
 /// Bytes of KV cache on a CPU when the caller names no size.
 const CPU_CACHE_BYTES: usize = 2 << 30;
@@ -149,8 +150,8 @@ impl Backend {
         Ok(LayerKv { pages: pages? })
     }
 
-    /// Memory for the cache beside `weights` numbers of weights and `activations` numbers of
-    /// activations. On the CPU 2 GiB, or half of a smaller memory, are usual; on a GPU all that is
+    /// Memory for the cache beside `weights` (encodings and counts of numbers) and `activations`
+    /// (numbers). On the CPU 2 GiB, or half of a smaller memory, are usual; on a GPU all that is
     /// left of `utilization` of its memory.
     ///
     /// # Errors
@@ -159,7 +160,7 @@ impl Backend {
     pub fn cache_budget(
         &self,
         utilization: f64,
-        weights: usize,
+        weights: impl Iterator<Item = (Encoding, usize)>,
         activations: usize,
     ) -> Result<CacheBudget> {
         match &self.kind {
@@ -169,6 +170,7 @@ impl Backend {
             }
             #[cfg(feature = "cuda")]
             Kind::Cuda(cuda) => {
+                let weights = weights.map(|(encoding, len)| cuda.weight_bytes(encoding, len)).sum();
                 let left = cuda.memory_left(utilization, weights, activations)?;
                 Ok(CacheBudget { usual: left, most: left })
             }

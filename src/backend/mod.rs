@@ -24,6 +24,7 @@ use candle_core::{Device, Tensor};
 use crate::cache::block::BlockId;
 use crate::error::{Error, Result};
 use crate::spec::{Activation, QkNorm, RopePairing};
+use crate::step::Draw;
 use crate::weights::StoredTensor;
 use cpu::Cpu;
 pub use device::CacheBudget;
@@ -373,6 +374,26 @@ impl Backend {
             Kind::Cpu(_) => Ok(x.apply_op1_no_bwd(&ops::GatherRows { rows })?),
             #[cfg(feature = "cuda")]
             Kind::Cuda(cuda) => cuda.gather_rows(x, rows),
+        }
+    }
+
+    /// Whether [`Self::draw`] is there: on a GPU, from which logits are slow to come.
+    #[must_use]
+    pub fn draws(&self) -> bool {
+        !matches!(self.kind, Kind::Cpu(_))
+    }
+
+    /// A token for each row of `logits` `[rows, vocab]` and draw, as [`crate::sampler`] has it; `None`
+    /// where the logits hold NaN or infinity.
+    pub fn draw(&self, logits: &Tensor, draws: &[(u32, Draw)]) -> Result<Vec<Option<u32>>> {
+        let rows = check::rows("logits", logits, None, F32)?;
+        if let Some((row, _)) = draws.iter().find(|&&(row, _)| row as usize >= rows) {
+            return Err(Error::bug(format!("rows must be below {rows}; given: {row}")));
+        }
+        match &self.kind {
+            Kind::Cpu(_) => Err(Error::bug("on the CPU the sampler draws")),
+            #[cfg(feature = "cuda")]
+            Kind::Cuda(cuda) => cuda.draw(logits, draws),
         }
     }
 }

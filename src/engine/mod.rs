@@ -16,7 +16,7 @@ use crate::config::EngineConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::grammar::{Grammar, MaskWorker};
 use crate::sampler::philox::derive_seed;
-use crate::sampler::{Sampler, SamplingParams, TokenLogprob, token_logprobs};
+use crate::sampler::{Sampler, SamplingParams, TokenLogprob, broken_logits, token_logprobs};
 use crate::scheduler::{Scheduler, check_prompt};
 pub use crate::sequence::{FinishReason, PromptLogprobs, RequestId, SampleMetrics, SequenceId};
 use crate::sequence::{Planned, Sequence};
@@ -232,6 +232,9 @@ impl<F: Forward> Engine<F> {
             return Err(Error::bug("the scheduler found nothing to compute for waiting requests"));
         }
         let is_masked = self.begin_masks()?;
+        if self.forward.draws() {
+            self.scheduler.running_mut().iter_mut().try_for_each(Sequence::plan_draw)?;
+        }
         let chunks: Vec<_> = self.scheduler.running().iter().filter_map(Sequence::chunk).collect();
         let beat = || self.heartbeat.store(self.start.elapsed().as_millis() as u64, Relaxed);
         let logits = self.forward.forward(&Step { chunks }, &beat)?;
@@ -280,11 +283,17 @@ impl<F: Forward> Engine<F> {
             )));
         }
         let (mut first, mut poisoned) = (0, false);
+        let mut drawn = logits.drawn.iter();
         for sequence in self.scheduler.running_mut() {
             let Some(planned) = sequence.planned.take() else { continue };
             let rows = Rows { logits, first, planned };
             first += planned.num_rows();
-            let event = match rows.next(sequence, &mut self.sampler) {
+            let next = if let LogitRows::Drawn(_) = planned.rows {
+                drawn_by_device(drawn.next()).map(Some)
+            } else {
+                rows.next(sequence, &mut self.sampler)
+            };
+            let event = match next {
                 Ok(None) => continue,
                 Ok(Some(drawn)) => {
                     self.counters.generation_tokens += 1;
@@ -306,6 +315,12 @@ impl<F: Forward> Engine<F> {
         }
         Ok(())
     }
+}
+
+/// A token of [`Logits::drawn`].
+fn drawn_by_device(token: Option<&Option<u32>>) -> Result<Drawn> {
+    let token = token.ok_or_else(|| Error::bug("the device drew too few tokens"))?;
+    Ok(Drawn { token: token.ok_or_else(broken_logits)?, logprobs: None })
 }
 
 /// The rows of one chunk.

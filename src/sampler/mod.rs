@@ -14,6 +14,7 @@ pub use logprobs::{TokenLogprob, token_logprobs};
 pub use params::{GREEDY_BELOW, MAX_SAMPLES, SamplingOptions, SamplingParams};
 
 use crate::error::{Error, Result};
+use crate::step::Draw;
 
 const FORBIDDEN: f32 = f32::NEG_INFINITY;
 
@@ -35,6 +36,30 @@ pub struct Row<'a> {
 impl Row<'_> {
     fn output(&self) -> &[u32] {
         &self.tokens[self.num_prompt..]
+    }
+
+    /// How the token is drawn, whatever the logits are; `None` where they are changed first.
+    #[must_use]
+    pub fn draw(&self, state: &SampleState) -> Option<Draw> {
+        let params = self.params;
+        self.is_plain().then(|| Draw {
+            inverse_temperature: params.inverse_temperature,
+            top_k: params.top_k,
+            top_p: params.top_p,
+            min_p: params.min_p,
+            uniform: philox::uniform(state.seed, state.sample, self.tokens.len()),
+        })
+    }
+
+    /// Whether the token is drawn from the logits as they are.
+    fn is_plain(&self) -> bool {
+        let params = self.params;
+        params.logit_bias.is_empty()
+            && params.allowed_token_ids.is_none()
+            && params.bad_words.is_empty()
+            && self.mask.is_none()
+            && !self.is_short()
+            && !params.penalises()
     }
 
     fn is_short(&self) -> bool {
@@ -134,18 +159,19 @@ fn row_max(logits: &[f32]) -> Result<f32> {
             "no token is left to sample: structured_outputs, allowed_token_ids, min_tokens and \
              bad_words together forbid every id",
         )),
-        _ => Err(Error::bug("the model's logits hold NaN or infinity")),
+        _ => Err(broken_logits()),
     }
+}
+
+/// What a row that is no row of numbers ends its request with.
+pub(crate) fn broken_logits() -> Error {
+    Error::bug("the model's logits hold NaN or infinity")
 }
 
 /// Writes the logits after biases, masks and penalties to `changed`; false where there are none.
 fn change(row: &Row<'_>, eos: &[u32], state: &mut SampleState, changed: &mut Vec<f32>) -> bool {
     let params = row.params;
-    let is_plain = params.logit_bias.is_empty()
-        && params.allowed_token_ids.is_none()
-        && params.bad_words.is_empty()
-        && row.mask.is_none();
-    if is_plain && !row.is_short() && !params.penalises() {
+    if row.is_plain() {
         return false;
     }
     changed.clear();

@@ -63,6 +63,7 @@ impl Fake {
             LogitRows::None => return,
             LogitRows::Last => end - 1,
             LogitRows::All => chunk.start,
+            LogitRows::Drawn(_) => unreachable!("this model does not draw"),
         };
         let mut history = SEED;
         for position in 0..end {
@@ -95,6 +96,7 @@ impl Forward for Fake {
                 LogitRows::None => ".",
                 LogitRows::Last => "",
                 LogitRows::All => "*",
+                LogitRows::Drawn(_) => unreachable!("this model does not draw"),
             };
             let _ = write!(line, " {}+{}{suffix}", chunk.start, chunk.tokens.len());
             // All writes before all reads: an overlap of two tables in one step shows.
@@ -112,7 +114,7 @@ impl Forward for Fake {
         if fault == Some(Fault::Nan) {
             values[..self.vocab_size].fill(f32::NAN);
         }
-        Ok(Logits { values, vocab_size: self.vocab_size })
+        Ok(Logits { values, vocab_size: self.vocab_size, drawn: Vec::new() })
     }
 }
 

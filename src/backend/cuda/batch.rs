@@ -4,7 +4,7 @@ use candle_core::Tensor;
 
 use super::launch::Address;
 use super::{Cuda, address};
-use crate::backend::{Batch, Heads};
+use crate::backend::{Batch, Heads, Run};
 use crate::config::BLOCK_SIZE;
 use crate::error::{Error, Result};
 
@@ -27,7 +27,18 @@ const MERGE_WORDS: usize = 5;
 pub(super) struct Plan {
     items: Vec<u32>,
     merges: Vec<u32>,
+    /// Items of several tiles, for `prefill`.
+    prefills: Vec<u32>,
     num_partials: usize,
+}
+
+/// How much work keeps a GPU busy, and how it may be cut.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Cut {
+    /// Blocks of the attention kernels; with fewer, tiles are cut into splits.
+    pub(super) blocks_wanted: usize,
+    /// Tiles of an item of `prefill`; 0 where there is no such kernel.
+    pub(super) prefill_tiles: usize,
 }
 
 /// Most that a plan has.
@@ -35,27 +46,34 @@ pub(super) struct Plan {
 pub(super) struct PlanSize {
     items: usize,
     merges: usize,
+    prefills: usize,
     partials: usize,
 }
 
 impl Plan {
-    /// For the first `rows` rows of `batch`. Splits are items of their own unless there are
-    /// `blocks_wanted` blocks without.
-    fn new(
-        batch: &Batch,
-        rows: usize,
-        heads: Heads,
-        window: Option<usize>,
-        blocks_wanted: usize,
-    ) -> Self {
+    /// For the first `rows` rows of `batch`. Long runs are for `prefill`, and splits no items of their
+    /// own, where there are enough blocks without.
+    fn new(batch: &Batch, rows: usize, heads: Heads, window: Option<usize>, cut: Cut) -> Self {
         let group = heads.num_heads / heads.num_kv_heads;
         let runs = || batch.runs.iter().filter(|run| run.rows.start < rows);
-        let tiles: usize = runs().map(|run| (run.rows.len() * group).div_ceil(TILE)).sum();
-        let enough = tiles * heads.num_kv_heads >= blocks_wanted;
+        let tiles = |run: &Run| (run.rows.len() * group).div_ceil(TILE);
+        let each = cut.prefill_tiles.max(1);
+        let is_long = |run: &Run| each > 1 && tiles(run) >= each;
+        let blocks = |run| if is_long(run) { tiles(run).div_ceil(each) } else { tiles(run) };
+        let is_enough = |tiles: usize| tiles * heads.num_kv_heads >= cut.blocks_wanted;
+        let prefills = is_enough(runs().map(blocks).sum());
+        let enough = prefills || is_enough(runs().map(tiles).sum());
         let mut plan = Self::default();
         for run in runs() {
             let (first_row, rows) = (run.rows.start, run.rows.len());
-            for tile in 0..(rows * group).div_ceil(TILE) {
+            if prefills && is_long(run) {
+                for tile in (0..tiles(run)).step_by(each) {
+                    let numbers = [first_row, rows, tile, run.blocks.start, 0, 0, 0];
+                    plan.prefills.extend(numbers.map(|number| number as u32));
+                }
+                continue;
+            }
+            for tile in 0..tiles(run) {
                 let last_row = (((tile + 1) * TILE - 1) / group).min(rows - 1);
                 let position = |row: usize| batch.positions[first_row + row] as usize;
                 let seen = window.unwrap_or(usize::MAX);
@@ -90,6 +108,7 @@ impl Plan {
         PlanSize {
             items: self.items.len() / ITEM_WORDS,
             merges: self.merges.len() / MERGE_WORDS,
+            prefills: self.prefills.len() / ITEM_WORDS,
             partials: self.num_partials,
         }
     }
@@ -100,11 +119,11 @@ impl PlanSize {
     pub(super) fn of_decode(rows: usize, positions: usize, heads: Heads) -> Self {
         let tiles = rows * (heads.num_heads / heads.num_kv_heads).div_ceil(TILE);
         let partials = (tiles * positions.div_ceil(SPLIT)).min(MAX_PARTIALS);
-        Self { items: tiles + partials, merges: tiles, partials }
+        Self { items: tiles + partials, merges: tiles, prefills: 0, partials }
     }
 
     fn words(self) -> usize {
-        2 + ITEM_WORDS * self.items + MERGE_WORDS * self.merges
+        3 + ITEM_WORDS * (self.items + self.prefills) + MERGE_WORDS * self.merges
     }
 }
 
@@ -112,7 +131,7 @@ impl PlanSize {
 #[derive(Debug, Clone, Copy)]
 struct PlacedPlan {
     window: Option<usize>,
-    /// Word at which it starts: number of items, number of merges, items, merges.
+    /// Word at which it starts: numbers of items, merges and prefills, then these.
     start: usize,
     size: PlanSize,
 }
@@ -153,8 +172,8 @@ pub(super) fn words(
     windows: &[Option<usize>],
     places: Option<&Places>,
 ) -> (Vec<u32>, Places) {
-    let wanted = if cuda.is_exact() { 0 } else { 2 * cuda.multiprocessors };
-    let plan = |&window: &Option<usize>| Plan::new(batch, rows, heads, window, wanted);
+    let cut = cuda.cut(heads);
+    let plan = |&window: &Option<usize>| Plan::new(batch, rows, heads, window, cut);
     let plans: Vec<Plan> = windows.iter().map(plan).collect();
     let exact = || {
         Places::new(
@@ -177,10 +196,11 @@ pub(super) fn words(
     }
     for (plan, placed) in plans.iter().zip(&places.plans) {
         let size = plan.size();
-        words.extend([size.items as u32, size.merges as u32]);
+        words.extend([size.items, size.merges, size.prefills].map(|count| count as u32));
         words.extend(&plan.items);
-        words.resize(placed.start + 2 + ITEM_WORDS * placed.size.items, 0);
+        words.resize(placed.start + 3 + ITEM_WORDS * placed.size.items, 0);
         words.extend(&plan.merges);
+        words.extend(&plan.prefills);
         words.resize(placed.start + placed.size.words(), 0);
     }
     words.extend(batch.blocks.iter().map(|block| block.0));
@@ -199,9 +219,11 @@ pub(super) struct DevicePlan {
     /// Where the number of items lies, and where they do.
     pub(super) items: (Address, Address),
     pub(super) merges: (Address, Address),
-    /// Blocks of both launches, and partial results between them.
+    pub(super) prefills: (Address, Address),
+    /// Blocks of the launches, and partial results between them.
     pub(super) num_items: usize,
     pub(super) num_merges: usize,
+    pub(super) num_prefills: usize,
     pub(super) num_partials: usize,
 }
 
@@ -235,12 +257,17 @@ impl DeviceBatch {
         let placed = placed.ok_or_else(|| {
             Error::bug(format!("the batch was placed without the attention window {window:?}"))
         })?;
-        let (items, size) = (placed.start + 2, placed.size);
+        let (counts, size) = (placed.start, placed.size);
+        let items = counts + 3;
+        let merges = items + ITEM_WORDS * size.items;
+        let prefills = merges + MERGE_WORDS * size.merges;
         Ok(DevicePlan {
-            items: (self.at(placed.start)?, self.at(items)?),
-            merges: (self.at(placed.start + 1)?, self.at(items + ITEM_WORDS * size.items)?),
+            items: (self.at(counts)?, self.at(items)?),
+            merges: (self.at(counts + 1)?, self.at(merges)?),
+            prefills: (self.at(counts + 2)?, self.at(prefills)?),
             num_items: size.items,
             num_merges: size.merges,
+            num_prefills: size.prefills,
             num_partials: size.partials,
         })
     }

@@ -6,7 +6,7 @@
 //! generator with every device and which nobody uses. So the extension loads on any machine, and only
 //! the driver is needed to compute. Should candle offer dynamic loading, this file goes.
 
-use std::ffi::{CStr, c_char, c_int, c_void};
+use std::ffi::{CStr, c_int, c_void};
 use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::{Mutex, PoisonError};
 
@@ -204,7 +204,7 @@ impl Library {
     #[expect(clippy::unused_self, reason = "as for a library that was opened")]
     fn function(&self, name: &CStr) -> Result<*mut c_void> {
         unsafe extern "C" {
-            fn emulated_driver(name: *const c_char) -> *mut c_void;
+            fn emulated_driver(name: *const std::ffi::c_char) -> *mut c_void;
         }
         // SAFETY: looks the name up in a table.
         let function = unsafe { emulated_driver(name.as_ptr()) };

@@ -5,6 +5,16 @@ use std::ffi::{CStr, CString, c_char};
 unsafe extern "C" {
     fn emulated_count(what: *const c_char) -> u64;
     fn emulated_argument_bytes(kernel: *const c_char) -> usize;
+    fn emulated_report_of(kernel: *const c_char) -> *const c_char;
+}
+
+/// What the device reports of `emulator/broken.cu`'s kernel `name`: `None` when it finds no fault.
+#[must_use]
+pub fn report_of(name: &CStr) -> Option<String> {
+    // SAFETY: a string that ends with zero; one comes back, which stays until the next call.
+    let report = unsafe { emulated_report_of(name.as_ptr()).as_ref() };
+    // SAFETY: as above.
+    report.map(|report| unsafe { CStr::from_ptr(report) }.to_string_lossy().into_owned())
 }
 
 /// How often something happened in this process: `launches`, `graph launches`, `allocations`; or the

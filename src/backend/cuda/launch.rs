@@ -19,15 +19,26 @@ pub(super) type Address = u64;
 const SHARED_BYTES: u32 = 48 << 10;
 
 /// What the build script made of `kernels/*.cu`, and the kernels in it. `{}` stands for each type.
-const MODULES: [(&[u8], &[&str]); 4] = [
+const MODULES: [(&[u8], &[&str]); 7] = [
     (
         include_bytes!(concat!(env!("OUT_DIR"), "/rows.fatbin")),
         &["embedding", "gather_rows", "rms_norm_{}", "gate_attention_{}", "gated_activation_{}"],
     ),
     (include_bytes!(concat!(env!("OUT_DIR"), "/rope.fatbin")), &["rope_and_cache_{}"]),
+    (include_bytes!(concat!(env!("OUT_DIR"), "/sample.fatbin")), &["sample"]),
     (
         include_bytes!(concat!(env!("OUT_DIR"), "/linear.fatbin")),
-        &["linear_f32", "linear_{half}_1", "linear_{half}_2", "linear_{half}_4", "linear_{half}_8"],
+        &[
+            "linear_f32",
+            "linear_{half}_{format}_1",
+            "linear_{half}_{format}_2",
+            "linear_{half}_{format}_4",
+            "linear_{half}_{format}_8",
+        ],
+    ),
+    (
+        include_bytes!(concat!(env!("OUT_DIR"), "/gemm.fatbin")),
+        &["gemm_{half}_{format}_64", "gemm_{half}_{format}_128"],
     ),
     (
         include_bytes!(concat!(env!("OUT_DIR"), "/attention.fatbin")),
@@ -41,6 +52,10 @@ const MODULES: [(&[u8], &[&str]); 4] = [
             "attention_{half}_8",
             "merge_{half}",
         ],
+    ),
+    (
+        include_bytes!(concat!(env!("OUT_DIR"), "/prefill.fatbin")),
+        &["prefill_{half}_1", "prefill_{half}_2", "prefill_{half}_3", "prefill_{half}_4"],
     ),
 ];
 
@@ -75,7 +90,9 @@ arguments! {
     GatedActivationArgs { x: Address, out: Address, width: u32 }
     /// `gather_rows`.
     GatherArgs { x: Address, rows: Address, out: Address, words: u32 }
-    /// `linear_*`.
+    /// `sample`.
+    SampleArgs { logits: Address, draws: Address, tokens: Address, vocab: u32 }
+    /// `linear_*` and `gemm_*`.
     LinearArgs {
         weight: Address, x: Address, bias: Address, out: Address,
         rows: u32, cols: u32, outs: u32, slice: u32, out_is_f32: u32,
@@ -86,7 +103,7 @@ arguments! {
         positions: Address, slots: Address, keys: Address, values: Address,
         heads: u32, kv_heads: u32, dim: u32, width: u32, adjacent: u32, qk_norm: u32, eps: f32,
     }
-    /// `attention_*` and `merge_*`.
+    /// `attention_*`, `merge_*` and `prefill_*`.
     AttentionArgs {
         qkv: Address, keys: Address, values: Address, out: Address, partial: Address,
         positions: Address, blocks: Address, items: Address, num_items: Address,
@@ -169,15 +186,21 @@ fn unloadable(error: DriverError) -> Error {
 
 /// The names that a pattern of [`MODULES`] stands for.
 fn instances(pattern: &str) -> Vec<String> {
-    let of =
-        |mark: &str, types: &[&str]| types.iter().map(|each| pattern.replace(mark, each)).collect();
-    if pattern.contains("{half}") {
-        of("{half}", &["f16", "bf16"])
-    } else if pattern.contains("{}") {
-        of("{}", &["f32", "f16", "bf16"])
-    } else {
-        vec![pattern.to_string()]
+    let marks: [(&str, &[&str]); 3] = [
+        ("{half}", &["f16", "bf16"]),
+        ("{}", &["f32", "f16", "bf16"]),
+        ("{format}", &["dense", "q8_0", "q4_0", "q4_1"]),
+    ];
+    let mut names = vec![pattern.to_string()];
+    for (mark, values) in marks {
+        if pattern.contains(mark) {
+            let filled = |name: &String| {
+                values.iter().map(|value| name.replace(mark, value)).collect::<Vec<_>>()
+            };
+            names = names.iter().flat_map(filled).collect();
+        }
     }
+    names
 }
 
 fn function(
@@ -186,7 +209,7 @@ fn function(
     shared_bytes: u32,
 ) -> std::result::Result<CudaFunction, DriverError> {
     let function = module.load_function(name)?;
-    if shared_bytes > SHARED_BYTES && name.starts_with("linear_") {
+    if shared_bytes > SHARED_BYTES && (name.starts_with("linear_") || name.starts_with("gemm_")) {
         let limit = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         function.set_attribute(limit, shared_bytes as i32)?;
     }

@@ -10,6 +10,7 @@ mod driver;
 pub mod emulator;
 mod graph;
 mod launch;
+mod matrix;
 mod memory;
 mod ops;
 
@@ -21,13 +22,12 @@ use candle_core::cuda_backend::{CudaDType, CudaDevice};
 use candle_core::{DType, Device, Layout, Shape, Storage, Tensor};
 use half::{bf16, f16};
 
-use super::reference::dequantize;
 use super::{Batch, Heads};
 use crate::error::{Error, ErrorKind, Result};
-use crate::weights::{Encoding, StoredTensor};
 pub(super) use batch::DeviceBatch;
 pub use graph::DecodeGraphs;
 use launch::{Address, Kernels};
+pub(super) use matrix::Matrix;
 
 /// A GPU with our kernels.
 pub(super) struct Cuda {
@@ -39,13 +39,6 @@ pub(super) struct Cuda {
     multiprocessors: usize,
     /// Dynamic shared memory that a block may have, in bytes.
     shared_bytes: usize,
-}
-
-/// Rows of one or more stored matrices on top of each other, `[outs, cols]` of the compute type.
-pub(super) struct Matrix {
-    weight: Tensor,
-    /// `[outs]` f32.
-    bias: Option<Tensor>,
 }
 
 impl Cuda {
@@ -80,7 +73,7 @@ impl Cuda {
         Device::Cuda(self.device.clone())
     }
 
-    /// Bytes that weights and activations (numbers of them) leave of `utilization` of the memory.
+    /// Bytes that weights (in bytes) and activations (numbers of them) leave of `utilization` of the memory.
     pub(super) fn memory_left(
         &self,
         utilization: f64,
@@ -90,8 +83,7 @@ impl Cuda {
         let (free, total) = self.memory()?;
         let share = ((total as f64 * utilization) as usize).min(free);
         // A little more for what the driver and the allocator round up.
-        let needed =
-            weights * self.dtype.size_in_bytes() + activations * size_of::<f32>() + (64 << 20);
+        let needed = weights + activations * size_of::<f32>() + (64 << 20);
         share.checked_sub(needed).filter(|&left| left > 0).ok_or_else(|| {
             let message = format!(
                 "the model needs {needed} bytes of GPU memory beside its cache; {share} may be used \
@@ -118,11 +110,11 @@ impl Cuda {
         Tensor::from_vec(numbers, len, &self.device()).map_err(|error| self.explain(error))
     }
 
-    /// Queues a copy of `words` to device memory.
-    fn copy_in(&self, words: &[u32], to: Address) -> Result<()> {
-        // SAFETY: callers give addresses of tensors with room for the words, and keep pinned words as
-        // they are until the stream has read them; of other memory the driver takes a copy.
-        unsafe { result::memcpy_htod_async(to, words, self.stream.cu_stream()) }.map_err(failed)
+    /// Queues a copy of `numbers` to device memory.
+    fn copy_in<T>(&self, numbers: &[T], to: Address) -> Result<()> {
+        // SAFETY: callers give plain numbers, addresses of tensors with room for them, and keep pinned
+        // ones as they are until the stream has read them; of other memory the driver takes a copy.
+        unsafe { result::memcpy_htod_async(to, numbers, self.stream.cu_stream()) }.map_err(failed)
     }
 
     /// Puts a batch into device memory, with plans for attention with these windows.
@@ -148,34 +140,6 @@ impl Cuda {
         Tensor::zeros(shape, self.dtype, &self.device()).map_err(|error| self.explain(error))
     }
 
-    /// Numbers of any stored encoding, in device memory as the compute type.
-    pub(super) fn matrix(&self, parts: &[StoredTensor], bias: Option<Vec<f32>>) -> Result<Matrix> {
-        let shape = (parts.iter().map(StoredTensor::rows).sum::<usize>(), parts[0].cols());
-        let bytes = parts.iter().map(|part| part.data.as_slice());
-        let same = |encoding| parts.iter().all(|part| part.encoding == encoding);
-        let weight = match self.dtype {
-            DType::BF16 if same(Encoding::BF16) => self.raw(bytes, shape),
-            DType::F16 if same(Encoding::F16) => self.raw(bytes, shape),
-            DType::BF16 => {
-                Tensor::from_vec(converted(parts, bf16::from_f32), shape, &self.device())
-            }
-            DType::F16 => Tensor::from_vec(converted(parts, f16::from_f32), shape, &self.device()),
-            _ => Tensor::from_vec(converted(parts, |x| x), shape, &self.device()),
-        };
-        let weight = weight.map_err(|error| self.explain(error))?;
-        let bias = bias.map(|bias| Tensor::from_vec(bias, shape.0, &self.device())).transpose();
-        Ok(Matrix { weight, bias: bias.map_err(|error| self.explain(error))? })
-    }
-
-    fn raw<'a>(
-        &self,
-        parts: impl Iterator<Item = &'a [u8]>,
-        (rows, cols): (usize, usize),
-    ) -> candle_core::Result<Tensor> {
-        let bytes: Vec<u8> = parts.flatten().copied().collect();
-        Tensor::from_raw_buffer(&bytes, self.dtype, &[rows, cols], &self.device())
-    }
-
     /// Says so when it was memory that was lacking.
     fn explain(&self, error: candle_core::Error) -> Error {
         let Some(bytes) = memory::refused(self.stream.cu_stream().cast()) else {
@@ -189,28 +153,6 @@ impl Cuda {
         };
         Error::new(ErrorKind::OutOfMemory, message)
     }
-}
-
-impl Matrix {
-    pub(super) fn outs(&self) -> usize {
-        self.weight.dims()[0]
-    }
-
-    pub(super) fn cols(&self) -> usize {
-        self.weight.dims()[1]
-    }
-}
-
-fn converted<T>(parts: &[StoredTensor], convert: impl Fn(f32) -> T) -> Vec<T> {
-    let mut numbers = Vec::with_capacity(parts.iter().map(|part| part.rows() * part.cols()).sum());
-    for part in parts {
-        let mut row = vec![0.0; part.cols()];
-        for index in 0..part.rows() {
-            dequantize(part.encoding, part.row_bytes(index), &mut row);
-            numbers.extend(row.iter().map(|&x| convert(x)));
-        }
-    }
-    numbers
 }
 
 fn failed(error: impl std::fmt::Display) -> Error {

@@ -2,23 +2,33 @@
 
 use candle_core::{DType, Tensor};
 
+use super::batch::Cut;
 use super::launch::{
     Address, Arguments, AttentionArgs, EmbeddingArgs, GateArgs, GatedActivationArgs, GatherArgs,
-    Grid, LinearArgs, RmsNormArgs, RopeArgs,
+    Grid, LinearArgs, RmsNormArgs, RopeArgs, SampleArgs,
 };
-use super::{Cuda, DeviceBatch, Matrix, address};
+use super::matrix::{Format, Matrix};
+use super::{Cuda, DeviceBatch, address};
 use crate::backend::{AttentionOp, Batch, Heads, LayerKv, RopeOp};
 use crate::error::{Error, Result};
 use crate::spec::{QkNorm, RopePairing};
+use crate::step::Draw;
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
+use half::bf16;
 
 const ROW_THREADS: u32 = 256;
 const ROPE_THREADS: u32 = 8 * 32;
+const SAMPLE_THREADS: u32 = 32 * 32;
 const ATTENTION_THREADS: u32 = 4 * 32;
 /// Rows of the weights that a block of `linear` takes, and rows of the input in a tensor-core tile.
 const TILE_OUTS: usize = 16;
 const TILE_ROWS: usize = 8;
 const LINEAR_WARPS: usize = 16;
+/// Most tiles of the input in a block of `linear`; more rows are for `gemm`.
+const MAX_TILES: usize = 8;
+/// Of `gemm`: columns of a stage, and stages.
+const STEP: usize = 64;
+const STAGES: usize = 3;
 const EXACT_WARPS: usize = 4;
 /// Widest head that the kernels can hold.
 const MAX_HEAD_DIM: usize = 256;
@@ -47,10 +57,13 @@ impl Cuda {
 
     pub(in crate::backend) fn embedding(&self, table: &Matrix, batch: &Batch) -> Result<Tensor> {
         let out = self.empty((batch.ids.len(), table.cols()), DType::F32)?;
-        let encoding = match self.dtype {
-            DType::F32 => 0,
-            DType::F16 => 1,
-            _ => 2,
+        let encoding = match (table.format, self.dtype) {
+            (Format::Dense, DType::F32) => 0,
+            (Format::Dense, DType::F16) => 1,
+            (Format::Dense, _) => 2,
+            (Format::Q8_0, _) => 3,
+            (Format::Q4_0, _) => 4,
+            (Format::Q4_1, _) => 5,
         };
         let args = EmbeddingArgs {
             table: address(&table.weight)?,
@@ -116,14 +129,42 @@ impl Cuda {
                 "on a GPU, layers must have a multiple of 8 inputs; given: {cols}"
             )));
         }
-        let tiles = rows.div_ceil(TILE_ROWS).next_power_of_two().min(8);
+        let format = matrix.format;
+        if rows > MAX_TILES * TILE_ROWS {
+            self.gemm(rows, outs, format, args)?;
+            return Ok(out);
+        }
+        let tiles = rows.div_ceil(TILE_ROWS).next_power_of_two();
         let warps = cols.div_ceil(slice).min(LINEAR_WARPS);
         let shared = (warps + 1) * tiles * TILE_OUTS * TILE_ROWS * size_of::<f32>();
         debug_assert!(shared <= self.shared_bytes, "tiles and warps are few enough");
-        let blocks = (outs.div_ceil(TILE_OUTS) as u32, rows.div_ceil(tiles * TILE_ROWS) as u32);
-        let grid = Grid { blocks, threads: warps as u32 * 32, shared_bytes: shared as u32 };
-        self.launch(&format!("linear_{{}}_{tiles}"), grid, args)?;
+        let grid = Grid {
+            blocks: (outs.div_ceil(TILE_OUTS) as u32, 1),
+            threads: warps as u32 * 32,
+            shared_bytes: shared as u32,
+        };
+        self.launch(&format!("linear_{{}}_{}_{tiles}", format.name()), grid, args)?;
         Ok(out)
+    }
+
+    /// `linear` of many rows: in large blocks where these keep the GPU busy.
+    fn gemm(&self, rows: usize, outs: usize, format: Format, args: LinearArgs) -> Result<()> {
+        let blocks = |size: usize| (outs.div_ceil(size), rows.div_ceil(size));
+        let is_large = blocks(128).0 * blocks(128).1 >= self.multiprocessors;
+        let size = if is_large { 128 } else { 64 };
+        let row = STEP * size_of::<bf16>();
+        let weights = match format {
+            Format::Dense => size * row,
+            _ => size / TILE_OUTS * 2 * format.chunk_bytes(),
+        };
+        let stages = STAGES * (weights + size * row);
+        let shared = stages.max(size * (size + 4) * size_of::<f32>());
+        let grid = Grid {
+            blocks: (blocks(size).0 as u32, blocks(size).1 as u32),
+            threads: if is_large { 8 * 32 } else { 4 * 32 },
+            shared_bytes: shared as u32,
+        };
+        self.launch(&format!("gemm_{{}}_{}_{size}", format.name()), grid, args)
     }
 
     pub(in crate::backend) fn gated_activation(&self, x: &Tensor) -> Result<Tensor> {
@@ -172,6 +213,26 @@ impl Cuda {
         };
         self.queue("gather_rows", Grid::each(rows.elem_count(), ROW_THREADS), args)?;
         Ok(out)
+    }
+
+    /// A token for each row and draw; `None` where a logit is no number.
+    pub(in crate::backend) fn draw(
+        &self,
+        logits: &Tensor,
+        draws: &[(u32, Draw)],
+    ) -> Result<Vec<Option<u32>>> {
+        let tokens = self.empty(draws.len(), DType::U32)?;
+        let words =
+            self.upload(draws.iter().flat_map(|(row, draw)| words_of(*row, draw)).collect())?;
+        let args = SampleArgs {
+            logits: address(logits)?,
+            draws: address(&words)?,
+            tokens: address(&tokens)?,
+            vocab: logits.dims()[1] as u32,
+        };
+        self.queue("sample", Grid::each(draws.len(), SAMPLE_THREADS), args)?;
+        let tokens = tokens.to_vec1::<u32>()?;
+        Ok(tokens.into_iter().map(|token| (token != u32::MAX).then_some(token)).collect())
     }
 
     pub(in crate::backend) fn rope_and_cache(
@@ -257,15 +318,39 @@ impl Cuda {
             return Ok(out);
         }
         let chunks = chunks_of(dim)?;
-        let name = format!("attention_{{}}_{chunks}");
-        self.launch(&name, grid(plan.num_items, ATTENTION_THREADS), args)?;
+        let grid = |count| grid(count, ATTENTION_THREADS);
+        self.launch(&format!("attention_{{}}_{chunks}"), grid(plan.num_items), args)?;
+        let with = |(num_items, items)| AttentionArgs { items, num_items, ..args };
         if plan.num_partials > 0 {
-            let (num_items, items) = plan.merges;
-            let args = AttentionArgs { items, num_items, ..args };
-            self.launch("merge_{}", grid(plan.num_merges, ATTENTION_THREADS), args)?;
+            self.launch("merge_{}", grid(plan.num_merges), with(plan.merges))?;
+        }
+        if plan.num_prefills > 0 {
+            let name = format!("prefill_{{}}_{chunks}");
+            self.launch(&name, grid(plan.num_prefills), with(plan.prefills))?;
         }
         Ok(out)
     }
+
+    /// How attention with these heads is cut into blocks.
+    pub(super) fn cut(&self, heads: Heads) -> Cut {
+        let blocks_wanted = if self.is_exact() { 0 } else { 2 * self.multiprocessors };
+        let prefill_tiles = match chunks_of(heads.head_dim) {
+            _ if self.is_exact() => 0,
+            Ok(1 | 2) => 4,
+            Ok(3 | 4) => 2,
+            _ => 0,
+        };
+        Cut { blocks_wanted, prefill_tiles }
+    }
+}
+
+/// The kernel's `Draw`.
+fn words_of(row: u32, draw: &Draw) -> [u32; 8] {
+    let halves = |number: f64| [number.to_bits() as u32, (number.to_bits() >> 32) as u32];
+    let ([top_p, top_p_high], [uniform, uniform_high]) = (halves(draw.top_p), halves(draw.uniform));
+    let scale = draw.inverse_temperature.unwrap_or(0.0).to_bits();
+    let top_k = draw.top_k.unwrap_or(0) as u32;
+    [row, top_k, scale, draw.min_p.to_bits(), top_p, top_p_high, uniform, uniform_high]
 }
 
 /// The batch in device memory.

@@ -146,6 +146,7 @@ constexpr uint32_t NOBODY = ~0u, SEVERAL = ~0u - 1;
 struct Access {
     uint32_t thread = NOBODY, warp = NOBODY;  // or SEVERAL
     uint32_t barriers = 0, warp_barriers = 0;
+    bool atomic = false;
 };
 struct ByteHistory {
     Access write, read;
@@ -193,22 +194,28 @@ void *dynamic_array(size_t from, size_t bytes) {
     return dynamic->start + from;
 }
 
-void shared_access(const void *address, size_t bytes, bool write) {
+void shared_access(const void *address, size_t bytes, Use use) {
     SharedArray *array = array_at(address);
     if (!array) fail("shared memory of another block");
+    const bool write = use != Use::Read, atomic = use == Use::Atomic;
     const size_t first = static_cast<const char *>(address) - array->start;
-    const Access now = {thread->linear, thread->linear / LANES, thread->barriers, thread->warp_barriers};
+    const Access now = {thread->linear, thread->linear / LANES, thread->barriers, thread->warp_barriers, atomic};
     for (size_t i = first; i < first + bytes; i++) {
         ByteHistory &history = array->history[i];
-        if (!write && history.write.thread == NOBODY) fail("shared memory: byte %zu is read before it is written", i);
-        if (!ordered(history.write))
+        if (use != Use::Write && history.write.thread == NOBODY)
+            fail("shared memory: byte %zu is read before it is written", i);
+        if (!ordered(history.write) && !(atomic && history.write.atomic))
             fail("shared memory race: byte %zu is %s by thread %u and was written by thread %u, with no barrier between",
                  i, write ? "written" : "read", thread->linear, history.write.thread);
         if (write && !ordered(history.read))
             fail("shared memory race: byte %zu is written by thread %u and was read by others, with no barrier between",
                  i, thread->linear);
         if (write) {
+            // A thread's own write before an atomic one of its own is still one that others may meet.
+            const Access &last = history.write;
+            const bool plain = last.thread == now.thread && last.barriers == now.barriers && !last.atomic;
             history = {now, {}};
+            history.write.atomic = atomic && !plain;
         } else {
             const bool others = !ordered(history.read), other_warps = history.read.warp != now.warp;
             history.read = now;
@@ -226,11 +233,19 @@ constexpr size_t STACK_BYTES = 128 << 10;
 
 enum class Waiting { No, Barrier, WarpBarrier, Exchange, Done };
 
+struct Copy {
+    void *to;
+    const void *from;  // null: zeros
+    uint32_t group;
+};
+
 struct Fiber {
     Thread thread;
     void *stack_pointer;
     char *stack;
     Waiting waiting;
+    std::vector<Copy> copies;  // not waited for
+    uint32_t groups;           // of copies, so far
 };
 
 struct Warp {
@@ -263,6 +278,7 @@ void wait(Waiting what) {
 
 void run_fiber() {
     running->run(running_arguments);
+    if (!current->copies.empty()) fail("copies to shared memory that nobody has waited for");
     finished++;
     current->waiting = Waiting::Done;
     back_to_scheduler();
@@ -284,6 +300,8 @@ void prepare(Fiber &fiber, uint32_t index) {
                     index, 0, 0};
     fiber.stack = stack_of(index);
     fiber.waiting = Waiting::No;
+    fiber.copies.clear();
+    fiber.groups = 0;
     void **top = reinterpret_cast<void **>(fiber.stack + STACK_BYTES) - 2;
     *top = reinterpret_cast<void *>(run_fiber);  // where the first switch returns to
     for (int i = 0; i < 6; i++) *--top = nullptr;
@@ -403,6 +421,34 @@ void warp_barrier() {
         fibers[i].thread.warp_barriers++;
         if (fibers[i].waiting == Waiting::WarpBarrier) fibers[i].waiting = Waiting::No;
     }
+}
+
+void check_alignment(const void *address) {
+    if (reinterpret_cast<uintptr_t>(address) % 16) fail("16 bytes at %p, which is no multiple of 16", address);
+}
+
+void copy_begin(void *to, const void *from) {
+    check_alignment(to);
+    check_alignment(from);
+    shared_access(to, 16, Use::Write);
+    memset(to, UNINITIALISED, 16);
+    current->copies.push_back({to, from, current->groups});
+}
+
+void end_copies() { current->groups++; }
+
+void await_copies(uint32_t groups) {
+    std::vector<Copy> left;
+    for (const Copy &copy : current->copies) {
+        if (copy.group + groups >= current->groups) {
+            left.push_back(copy);
+            continue;
+        }
+        shared_access(copy.to, 16, Use::Write);
+        if (copy.from) memcpy(copy.to, copy.from, 16);
+        else memset(copy.to, 0, 16);
+    }
+    current->copies.swap(left);
 }
 
 const void *exchange(const char *operation, const void *given, size_t bytes) {

@@ -14,6 +14,7 @@
 
 #define __global__
 #define __device__
+#define __host__
 #define __forceinline__ inline
 #define __restrict__ __restrict
 
@@ -61,7 +62,17 @@ const void *given_by(const void *exchanged, int lane);
 // The block's shared array that `key` names, of `bytes`.
 void *shared_array(const void *key, size_t bytes);
 void *dynamic_array(size_t from, size_t bytes);
-void shared_access(const void *address, size_t bytes, bool write);
+enum class Use { Read, Write, Atomic };
+void shared_access(const void *address, size_t bytes, Use use);
+
+// Copies of 16 bytes to shared memory that go on while the thread does: until they have been waited for,
+// what they will write is not there.
+void copy_begin(void *to, const void *from);
+void end_copies();
+void await_copies(uint32_t groups);
+
+// Fails unless 16 bytes can be moved at once.
+void check_alignment(const void *address);
 
 // A kernel, by name.
 struct Kernel {
@@ -80,11 +91,11 @@ class Element {
 public:
     explicit Element(T *address) : address(address) {}
     operator T() const {
-        shared_access(address, sizeof(T), false);
+        shared_access(address, sizeof(T), Use::Read);
         return *address;
     }
     Element &operator=(const T &value) {
-        shared_access(address, sizeof(T), true);
+        shared_access(address, sizeof(T), Use::Write);
         *address = value;
         return *this;
     }
@@ -108,6 +119,10 @@ struct Shared {
             emulated::fail("shared memory: index %lld of an array of %zu", (long long)i, count);
         return emulated::Element<T>(data + i);
     }
+    T *address(int64_t i) const {
+        (*this)[i];
+        return data + i;
+    }
 };
 
 #define SHARED(T, name, count)                        \
@@ -127,11 +142,11 @@ struct SharedBytes {
 };
 
 #define KERNEL(name, Args, threads)                                                              \
-    static void name(const Args &args);                                                          \
+    static void name([[maybe_unused]] const Args &args);                                         \
     static const emulated::Kernel name##_kernel(#name, sizeof(Args), threads, [](const void *arguments) { \
         name(*static_cast<const Args *>(arguments));                                             \
     });                                                                                          \
-    static void name(const Args &args)
+    static void name([[maybe_unused]] const Args &args)
 
 inline void __syncthreads() { emulated::barrier(); }
 inline void __syncwarp() { emulated::warp_barrier(); }
@@ -150,6 +165,17 @@ T __shfl_xor_sync(uint32_t mask, T value, int step) {
 }
 
 inline float __fmul_rn(float a, float b) { return a * b; }
+
+inline uint32_t __float_as_uint(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+inline float __uint_as_float(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
 
 // bfloat16 and float16, rounded to nearest even.
 struct bf16 {
@@ -185,7 +211,39 @@ inline bf16 from_float<bf16>(float x) {
 template <>
 inline f16 from_float<f16>(float x) { return {to_f16_bits(x)}; }
 
-inline uint4 load_once(const void *address) { return *static_cast<const uint4 *>(address); }
+inline uint4 load16(const void *address) {
+    emulated::check_alignment(address);
+    return *static_cast<const uint4 *>(address);
+}
+template <typename V>
+inline V load_once(const V *address) {
+    if (sizeof(V) == 16) emulated::check_alignment(address);
+    return *address;
+}
+
+inline void atomic_add(const Shared<unsigned long long> &to, int64_t i, unsigned long long x) {
+    emulated::shared_access(to.address(i), sizeof x, emulated::Use::Atomic);
+    *to.address(i) += x;
+}
+
+inline void copy16_async(const Shared<uint4> &to, int64_t i, const void *from, bool inside) {
+    emulated::copy_begin(to.address(i), inside ? from : nullptr);
+}
+inline void copy_commit() { emulated::end_copies(); }
+template <int GROUPS>
+inline void copy_wait() { emulated::await_copies(GROUPS); }
+
+// Two integers below 128 in the low bits of a register's halves, less `zero`, as numbers.
+template <typename T>
+uint32_t small_integers(uint32_t bits, float zero) {
+    const T pair[2] = {from_float<T>(float(bits & 0xffff) - zero), from_float<T>(float(bits >> 16) - zero)};
+    uint32_t numbers;
+    memcpy(&numbers, pair, 4);
+    return numbers;
+}
+
+// Two numbers of type f16 in one register.
+inline float2 halves(uint32_t bits) { return {from_f16_bits(uint16_t(bits)), from_f16_bits(uint16_t(bits >> 16))}; }
 
 // c += a · b over a warp, operands spread as in common.cuh.
 template <typename T>

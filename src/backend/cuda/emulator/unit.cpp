@@ -2,7 +2,12 @@
 #include "device.cpp"
 #include "driver.cpp"
 
+#include "broken.cu"
+
 #include "../kernels/attention.cu"
+#include "../kernels/gemm.cu"
 #include "../kernels/linear.cu"
+#include "../kernels/prefill.cu"
 #include "../kernels/rope.cu"
 #include "../kernels/rows.cu"
+#include "../kernels/sample.cu"

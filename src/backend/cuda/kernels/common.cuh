@@ -17,6 +17,7 @@ template <typename T>
 struct Shared {
     T *data;
     __device__ T &operator[](int i) const { return data[i]; }
+    __device__ T *address(int i) const { return data + i; }
 };
 
 #define SHARED(T, name, count)              \
@@ -72,9 +73,59 @@ __device__ inline void mma<f16>(float (&c)[4], const uint32_t (&a)[4], const uin
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// 16 bytes of global memory, 16-byte aligned.
+__device__ inline uint4 load16(const void *address) { return *static_cast<const uint4 *>(address); }
+
 // Weights: read once, past the first cache.
-__device__ inline uint4 load_once(const void *address) {
-    return __ldcs(static_cast<const uint4 *>(address));
+template <typename V>
+__device__ inline V load_once(const V *address) {
+    return __ldcs(address);
+}
+
+__device__ inline void atomic_add(const Shared<unsigned long long> &to, int i, unsigned long long x) {
+    atomicAdd(to.address(i), x);
+}
+
+// Copies 16 aligned bytes of global memory to to[i], or zeros unless `inside`, while the thread goes on.
+// `copy_commit` ends a group of copies, `copy_wait` waits for all but the last groups.
+__device__ inline void copy16_async(const Shared<uint4> &to, int i, const void *from, bool inside) {
+    const uint32_t at = uint32_t(__cvta_generic_to_shared(to.address(i)));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(inside ? 16 : 0) : "memory");
+}
+__device__ inline void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int GROUPS>
+__device__ inline void copy_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
+}
+
+// Two integers below 128 in the low bits of a register's halves, less `zero`, as numbers: the integers
+// are put in the last places of 128 or 1024, where they count ones.
+template <typename T>
+__device__ inline uint32_t small_integers(uint32_t bits, float zero);
+template <>
+__device__ inline uint32_t small_integers<bf16>(uint32_t bits, float zero) {
+    bits |= 0x43004300;
+    __nv_bfloat162 numbers;
+    memcpy(&numbers, &bits, 4);
+    numbers = __hsub2(numbers, __float2bfloat162_rn(128.0f + zero));
+    memcpy(&bits, &numbers, 4);
+    return bits;
+}
+template <>
+__device__ inline uint32_t small_integers<f16>(uint32_t bits, float zero) {
+    bits |= 0x64006400;
+    __half2 numbers;
+    memcpy(&numbers, &bits, 4);
+    numbers = __hsub2(numbers, __float2half2_rn(1024.0f + zero));
+    memcpy(&bits, &numbers, 4);
+    return bits;
+}
+
+// Two numbers of type f16 in one register.
+__device__ inline float2 halves(uint32_t bits) {
+    __half2 pair;
+    memcpy(&pair, &bits, 4);
+    return __half22float2(pair);
 }
 
 #else
@@ -83,9 +134,6 @@ __device__ inline uint4 load_once(const void *address) {
 
 constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
-
-// 16 bytes of global memory, 16-byte aligned.
-__device__ inline uint4 load16(const void *address) { return *static_cast<const uint4 *>(address); }
 
 // Two numbers in one register, the first in the low half.
 template <typename T>

@@ -2,41 +2,60 @@
 //
 // The columns are cut into slices. The sum of a slice is made by the tensor cores in ascending order,
 // the sum of the slices is taken in ascending order: so an element of `out` does not depend on how many
-// rows there are, nor on how slices are dealt to warps.
-#include "common.cuh"
-
-struct LinearArgs {
-    const void *weight;  // [outs, cols]
-    const void *x;       // [rows, cols]
-    const float *bias;   // [outs]; null: none
-    void *out;           // [rows, outs], of x's type or f32
-    uint32_t rows, cols, outs, slice, out_is_f32;
-};
+// rows there are, nor on how slices are dealt to warps, nor on whether this kernel or gemm.cu makes it.
+#include "weights.cuh"
 
 constexpr int LINEAR_WARPS = 16;
-constexpr int TILE_OUTS = 16;   // of W's rows, in a block
-constexpr int TILE_ROWS = 8;    // of x's rows, in a tensor-core tile
-constexpr int TILE = TILE_OUTS * TILE_ROWS;
-constexpr int CHUNK = 32;       // columns that a warp loads at once: 8 for each lane of a row
-constexpr int UNROLL = 4;
+constexpr int TILE_ROWS = 8;  // of x's rows, in a tensor-core tile
+constexpr int TILE = PANEL * TILE_ROWS;
+constexpr int UNROLL = 4;     // chunks on their way at once
 
-// Adds W[16 rows, chunk] · x[8 · TILES rows, chunk]ᵀ to `sums`. Lane t of a row loads columns 8t … 8t + 7
-// of both, so the tensor cores see the columns of a chunk in another order, the same one on both sides.
-template <typename T, int TILES>
-__device__ inline void multiply_chunk(float (&sums)[TILES][4], const T *const (&w)[2], const T *const (&x)[TILES],
-                                      uint32_t column, bool inside) {
-    const uint4 none = {0, 0, 0, 0};
-    const uint4 w0 = inside ? load_once(w[0] + column) : none;
-    const uint4 w1 = inside ? load_once(w[1] + column) : none;
-    const uint32_t low[4] = {w0.x, w1.x, w0.y, w1.y}, high[4] = {w0.z, w1.z, w0.w, w1.w};
-#pragma unroll
-    for (int tile = 0; tile < TILES; tile++) {
-        const uint4 v = inside && x[tile] ? load16(x[tile] + column) : none;
-        const uint32_t first[2] = {v.x, v.y}, second[2] = {v.z, v.w};
-        mma<T>(sums[tile], low, first);
-        mma<T>(sums[tile], high, second);
+// Where a lane finds its part of a panel of W.
+template <typename T, int FORMAT>
+struct Panel {
+    const unsigned char *numbers, *scales;
+
+    __device__ Panel(const LinearArgs &args, uint32_t panel) {
+        const int lane = threadIdx.x % WARP;
+        const size_t chunks = args.cols / CHUNK;
+        const unsigned char *start = static_cast<const unsigned char *>(args.weight);
+        start += panel * chunks * chunk_bytes(FORMAT);
+        numbers = start + lane * (FORMAT == Q8_0 ? 16 : 8);
+        scales = start + (FORMAT == Q8_0 ? 512 : 256) + lane / 4 * 4;
     }
-}
+
+    __device__ Stored<FORMAT> load(uint32_t column) const {
+        const size_t at = size_t(column / CHUNK) * chunk_bytes(FORMAT);
+        Stored<FORMAT> stored = {};
+        if (FORMAT == Q8_0) {
+            stored.upper = load_once(reinterpret_cast<const uint4 *>(numbers + at));
+        } else {
+            const uint2 both = load_once(reinterpret_cast<const uint2 *>(numbers + at));
+            stored.upper.x = both.x;
+            stored.upper.y = both.y;
+        }
+        stored.scales = load_once(reinterpret_cast<const uint32_t *>(scales + at));
+        if (FORMAT == Q4_1) stored.minima = load_once(reinterpret_cast<const uint32_t *>(scales + at + 32));
+        return stored;
+    }
+};
+
+template <typename T>
+struct Panel<T, DENSE> {
+    const T *upper, *lower;
+
+    __device__ Panel(const LinearArgs &args, uint32_t panel) {
+        const uint32_t row = panel * PANEL + threadIdx.x % WARP / 4, lane = threadIdx.x % 4;
+        const T *weight = static_cast<const T *>(args.weight) + 8 * lane;
+        upper = weight + size_t(min(row, args.outs - 1)) * args.cols;
+        lower = weight + size_t(min(row + 8, args.outs - 1)) * args.cols;
+    }
+
+    __device__ Stored<DENSE> load(uint32_t column) const {
+        return {load_once(reinterpret_cast<const uint4 *>(upper + column)),
+                load_once(reinterpret_cast<const uint4 *>(lower + column)), 0, 0};
+    }
+};
 
 // `partial` takes the sums of a warp's slice, [TILES][8 rows of x][16 rows of W].
 template <int TILES>
@@ -46,38 +65,54 @@ __device__ inline void store_tiles(const Shared<float> &partial, int at, const f
     for (int tile = 0; tile < TILES; tile++) {
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            partial[at + tile * TILE + (2 * t + i % 2) * TILE_OUTS + g + 8 * (i / 2)] = sums[tile][i];
+            partial[at + tile * TILE + (2 * t + i % 2) * PANEL + g + 8 * (i / 2)] = sums[tile][i];
     }
 }
 
-template <typename T>
-__device__ inline void store_out(const LinearArgs &args, uint32_t row, uint32_t out, float sum) {
-    const size_t at = size_t(row) * args.outs + out;
-    if (args.bias) sum += args.bias[out];
-    if (args.out_is_f32) static_cast<float *>(args.out)[at] = sum;
-    else static_cast<T *>(args.out)[at] = from_float<T>(sum);
+// Adds W[panel, start … end] · x[8 · TILES rows]ᵀ to `sums`.
+template <typename T, int FORMAT, int TILES>
+__device__ inline void multiply_slice(float (&sums)[TILES][4], const Panel<T, FORMAT> &panel,
+                                      const T *const (&x)[TILES], uint32_t start, uint32_t end) {
+    for (; start < end; start += UNROLL * CHUNK) {
+        Stored<FORMAT> stored[UNROLL];
+#pragma unroll
+        for (int chunk = 0; chunk < UNROLL; chunk++) {
+            // A lane is outside alone only where rows end within a chunk, which packed ones do not.
+            const uint32_t column = start + chunk * CHUNK, own = FORMAT == DENSE ? 8 * (threadIdx.x % 4) : 0;
+            stored[chunk] = Stored<FORMAT>{};
+            if (column + own < end) stored[chunk] = panel.load(column);
+        }
+#pragma unroll
+        for (int chunk = 0; chunk < UNROLL; chunk++) {
+            const Chunk<T, FORMAT> weights = unpack<T, FORMAT>(stored[chunk]);
+            const uint32_t column = start + chunk * CHUNK + 8 * (threadIdx.x % 4);
+#pragma unroll
+            for (int tile = 0; tile < TILES; tile++) {
+                const bool inside = column < end && x[tile];
+                const uint4 v = inside ? load16(x[tile] + column) : uint4{0, 0, 0, 0};
+                weights.add_to(sums[tile], operand<T, FORMAT>(v));
+            }
+        }
+    }
 }
 
 // Block: 16 rows of W and 8 · TILES rows of x. Each warp takes every warps-th slice; after each round the
 // round's sums are added to the total in the order of the slices.
-template <typename T, int TILES>
+template <typename T, int FORMAT, int TILES>
 __device__ void linear(const LinearArgs &args) {
     const int warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-    const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
-    const uint32_t first_out = blockIdx.x * TILE_OUTS, first_row = blockIdx.y * TILE_ROWS * TILES;
+    const uint32_t first_out = blockIdx.x * PANEL, first_row = blockIdx.y * TILE_ROWS * TILES;
     SharedBytes memory;
     const Shared<float> total = memory.take<float>(TILES * TILE);
     const Shared<float> partial = memory.take<float>(warps * TILES * TILE);
     for (int i = threadIdx.x; i < TILES * TILE; i += blockDim.x) total[i] = 0.0f;
 
-    const T *weight = static_cast<const T *>(args.weight), *x = static_cast<const T *>(args.x);
-    const T *const w_rows[2] = {weight + size_t(min(first_out + g, args.outs - 1)) * args.cols,
-                                weight + size_t(min(first_out + g + 8, args.outs - 1)) * args.cols};
+    const Panel<T, FORMAT> panel(args, blockIdx.x);
     const T *x_rows[TILES];
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) {
-        const uint32_t row = first_row + tile * TILE_ROWS + g;
-        x_rows[tile] = row < args.rows ? x + size_t(row) * args.cols : nullptr;
+        const uint32_t row = first_row + tile * TILE_ROWS + threadIdx.x % WARP / 4;
+        x_rows[tile] = row < args.rows ? static_cast<const T *>(args.x) + size_t(row) * args.cols : nullptr;
     }
     const uint32_t slices = (args.cols + args.slice - 1) / args.slice;
     for (uint32_t round = 0; round < slices; round += warps) {
@@ -85,13 +120,7 @@ __device__ void linear(const LinearArgs &args) {
         if (slice < slices) {
             float sums[TILES][4] = {};
             const uint32_t end = min((slice + 1) * args.slice, args.cols);
-            for (uint32_t start = slice * args.slice; start < end; start += UNROLL * CHUNK) {
-#pragma unroll
-                for (int chunk = 0; chunk < UNROLL; chunk++) {
-                    const uint32_t column = start + chunk * CHUNK + 8 * t;
-                    multiply_chunk<T, TILES>(sums, w_rows, x_rows, column, column < end);
-                }
-            }
+            multiply_slice<T, FORMAT, TILES>(sums, panel, x_rows, slice * args.slice, end);
             store_tiles<TILES>(partial, warp * TILES * TILE, sums);
         }
         __syncthreads();
@@ -104,19 +133,17 @@ __device__ void linear(const LinearArgs &args) {
         __syncthreads();
     }
     for (int i = threadIdx.x; i < TILES * TILE; i += blockDim.x) {
-        const uint32_t row = first_row + i / TILE_OUTS, out = first_out + i % TILE_OUTS;
+        const uint32_t row = first_row + i / PANEL, out = first_out + i % PANEL;
         if (row < args.rows && out < args.outs) store_out<T>(args, row, out, total[i]);
     }
 }
 
-KERNEL(linear_f16_1, LinearArgs, LINEAR_WARPS *WARP) { linear<f16, 1>(args); }
-KERNEL(linear_f16_2, LinearArgs, LINEAR_WARPS *WARP) { linear<f16, 2>(args); }
-KERNEL(linear_f16_4, LinearArgs, LINEAR_WARPS *WARP) { linear<f16, 4>(args); }
-KERNEL(linear_f16_8, LinearArgs, LINEAR_WARPS *WARP) { linear<f16, 8>(args); }
-KERNEL(linear_bf16_1, LinearArgs, LINEAR_WARPS *WARP) { linear<bf16, 1>(args); }
-KERNEL(linear_bf16_2, LinearArgs, LINEAR_WARPS *WARP) { linear<bf16, 2>(args); }
-KERNEL(linear_bf16_4, LinearArgs, LINEAR_WARPS *WARP) { linear<bf16, 4>(args); }
-KERNEL(linear_bf16_8, LinearArgs, LINEAR_WARPS *WARP) { linear<bf16, 8>(args); }
+#define LINEAR_KERNELS(T, name, FORMAT)                                                                   \
+    KERNEL(linear_##T##_##name##_1, LinearArgs, LINEAR_WARPS *WARP) { linear<T, FORMAT, 1>(args); }       \
+    KERNEL(linear_##T##_##name##_2, LinearArgs, LINEAR_WARPS *WARP) { linear<T, FORMAT, 2>(args); }       \
+    KERNEL(linear_##T##_##name##_4, LinearArgs, LINEAR_WARPS *WARP) { linear<T, FORMAT, 4>(args); }       \
+    KERNEL(linear_##T##_##name##_8, LinearArgs, LINEAR_WARPS *WARP) { linear<T, FORMAT, 8>(args); }
+FOR_EACH_FORMAT(LINEAR_KERNELS)
 
 constexpr int EXACT_WARPS = 4;
 

@@ -1,27 +1,46 @@
 // What works on one row at a time: embedding, norms, gates, gathers.
-#include "common.cuh"
+#include "weights.cuh"
 
 constexpr int ROW_THREADS = 256;
 
-// How the numbers of a matrix are stored; the values of `Encoding` in launch.rs.
-enum Encoding : uint32_t { ENCODING_F32, ENCODING_F16, ENCODING_BF16 };
+// How the numbers of a matrix are stored; of `embedding_code` in ops.rs.
+enum Encoding : uint32_t { ENCODING_F32, ENCODING_F16, ENCODING_BF16, ENCODING_Q8_0, ENCODING_Q4_0, ENCODING_Q4_1 };
 
 struct EmbeddingArgs {
-    const void *table;     // [vocab, cols]
+    const void *table;     // [vocab, cols], or packed
     const uint32_t *ids;   // [rows]
     float *out;            // [rows, cols]
     uint32_t cols, encoding;
 };
 
+// A number of a packed matrix, from where weights.cuh says that it lies.
+template <int FORMAT>
+__device__ inline float packed_number(const EmbeddingArgs &args, uint32_t row, uint32_t col) {
+    const size_t chunk = size_t(row / PANEL) * (args.cols / CHUNK) + col / CHUNK;
+    const unsigned char *start = static_cast<const unsigned char *>(args.table) + chunk * chunk_bytes(FORMAT);
+    const uint32_t g = row % 8, lower = row % PANEL / 8, lane = 4 * g + col % CHUNK / 8, k = col % 8;
+    const unsigned char *scales = start + (FORMAT == Q8_0 ? 512 : 256) + 4 * g + 2 * lower;
+    const float scale = to_float(*reinterpret_cast<const f16 *>(scales));
+    if (FORMAT == Q8_0) return scale * (float(start[16 * lane + 8 * lower + k]) - 128.0f);
+    const uint32_t eight = *reinterpret_cast<const uint32_t *>(start + 8 * lane + 4 * lower);
+    const float number = float(eight >> (k / 2 * 4 + k % 2 * 16) & 15);
+    if (FORMAT == Q4_0) return scale * (number - 8.0f);
+    return scale * number + to_float(*reinterpret_cast<const f16 *>(scales + 32));
+}
+
 // out[row] = table[ids[row]]
 KERNEL(embedding, EmbeddingArgs, ROW_THREADS) {
-    const size_t from = size_t(args.ids[blockIdx.x]) * args.cols;
+    const uint32_t id = args.ids[blockIdx.x];
+    const size_t from = size_t(id) * args.cols;
     float *out = args.out + size_t(blockIdx.x) * args.cols;
     for (uint32_t i = threadIdx.x; i < args.cols; i += ROW_THREADS) {
         switch (args.encoding) {
         case ENCODING_F32: out[i] = static_cast<const float *>(args.table)[from + i]; break;
         case ENCODING_F16: out[i] = to_float(static_cast<const f16 *>(args.table)[from + i]); break;
-        default: out[i] = to_float(static_cast<const bf16 *>(args.table)[from + i]);
+        case ENCODING_BF16: out[i] = to_float(static_cast<const bf16 *>(args.table)[from + i]); break;
+        case ENCODING_Q8_0: out[i] = packed_number<Q8_0>(args, id, i); break;
+        case ENCODING_Q4_0: out[i] = packed_number<Q4_0>(args, id, i); break;
+        default: out[i] = packed_number<Q4_1>(args, id, i);
         }
     }
 }

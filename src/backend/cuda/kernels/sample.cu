@@ -1,0 +1,221 @@
+// Logits → tokens, as `sampler` does it on the CPU: temperature, min-p, top-k, top-p, and the draw by a
+// uniform number that the host has made. A block for each row.
+//
+// Weights are exp((logit - max) · scale) in units of 2⁻⁴⁰. Sums of integers have no order, so a token
+// depends on its row alone. Nothing is sorted: thresholds are found digit by digit of the logits' bits.
+#include "common.cuh"
+
+typedef unsigned long long Mass;
+
+struct Draw {
+    uint32_t row;    // of the logits
+    uint32_t top_k;  // 0: all
+    float scale;     // 1 / temperature; 0: the likeliest token
+    float min_p;
+    double top_p, uniform;
+};
+
+struct SampleArgs {
+    const float *logits;  // [rows, vocab]
+    const Draw *draws;    // of the blocks
+    uint32_t *tokens;     // of the blocks; NO_TOKEN where a logit is NaN or infinite
+    uint32_t vocab;
+};
+
+constexpr int SAMPLE_WARPS = 32, SAMPLE_THREADS = SAMPLE_WARPS * WARP;
+constexpr uint32_t NO_TOKEN = 0xffffffffu;
+constexpr int DIGITS = 1 << 11, GROUPS = 64;  // of a digit's values, and sums over as many of them
+
+// Larger for larger logits.
+__device__ inline uint32_t key_of(float logit) {
+    const uint32_t bits = __float_as_uint(logit);
+    return bits >> 31 ? ~bits : bits | 0x80000000;
+}
+
+__device__ inline float logit_of(uint32_t key) {
+    return __uint_as_float(key >> 31 ? key & 0x7fffffff : ~key);
+}
+
+struct Weights {
+    float max, scale;
+    __device__ float operator()(float logit) const { return expf((logit - max) * scale); }
+    __device__ Mass mass(float logit) const { return Mass((*this)(logit) * 1099511627776.0f); }
+};
+
+template <typename V>
+__device__ inline V warp_total(V x) {
+    for (int step = WARP / 2; step > 0; step /= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
+    return x;
+}
+
+// The largest over the block; every thread gets it.
+__device__ inline Mass block_max(Mass x, const Shared<Mass> &room) {
+    for (int step = WARP / 2; step > 0; step /= 2) x = max(x, __shfl_xor_sync(ALL_LANES, x, step));
+    __syncthreads();
+    if (threadIdx.x % WARP == 0) room[threadIdx.x / WARP] = x;
+    __syncthreads();
+    for (int warp = 0; warp < SAMPLE_WARPS; warp++) x = max(x, Mass(room[warp]));
+    return x;
+}
+
+struct Threshold {
+    uint32_t key;  // the largest at which what lies at or above it measures enough
+    Mass above;    // what lies above it
+};
+
+// Goes down the digits of the keys, 11 bits, 11 and 10; `measure` gives what a logit counts.
+template <typename Measure>
+__device__ Threshold threshold(const float *logits, uint32_t vocab, Mass goal, const Measure &measure) {
+    SHARED(Mass, histogram, DIGITS);
+    SHARED(Mass, sums, GROUPS);
+    SHARED(Mass, found, 2);
+    Threshold result = {0, 0};
+    for (int shift = 21; shift >= 0; shift = shift > 10 ? 10 : shift - 10) {
+        const int above_digit = shift == 0 ? 10 : shift + 11;  // bits that are settled start here
+        const int digits = 1 << (above_digit - shift);
+        __syncthreads();
+        for (int i = threadIdx.x; i < digits; i += SAMPLE_THREADS) histogram[i] = 0;
+        __syncthreads();
+        for (uint32_t id = threadIdx.x; id < vocab; id += SAMPLE_THREADS) {
+            const uint32_t key = key_of(logits[id]);
+            if (above_digit < 32 && key >> above_digit != result.key >> above_digit) continue;
+            const Mass counted = measure(logits[id]);
+            if (counted) atomic_add(histogram, key >> shift & (digits - 1), counted);
+        }
+        __syncthreads();
+        const int width = digits / GROUPS;
+        if (threadIdx.x < GROUPS) {
+            Mass sum = 0;
+            for (int i = 0; i < width; i++) sum += histogram[threadIdx.x * width + i];
+            sums[threadIdx.x] = sum;
+        }
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            Mass above = result.above;
+            int group = GROUPS - 1;
+            while (group > 0 && above + sums[group] < goal) above += sums[group--];
+            int digit = group * width + width - 1;
+            while (digit > group * width && above + histogram[digit] < goal) above += histogram[digit--];
+            found[0] = digit;
+            found[1] = above;
+        }
+        __syncthreads();
+        result.key |= uint32_t(found[0]) << shift;
+        result.above = found[1];
+    }
+    return result;
+}
+
+// What may be drawn: logits of at least `key`; of those that equal it, the first `ties` by id.
+struct Kept {
+    uint32_t key, ties;
+    Weights weights;
+    float min_weight;
+
+    __device__ Mass mass(float logit) const {
+        return key_of(logit) >= key && weights(logit) >= min_weight ? weights.mass(logit) : 0;
+    }
+};
+
+__device__ Kept kept_of(const float *logits, uint32_t vocab, const Draw &draw, const Weights &weights) {
+    Kept kept = {0, NO_TOKEN, weights, draw.min_p};
+    if (draw.top_k && draw.top_k < vocab)
+        kept.key = threshold(logits, vocab, draw.top_k, [](float) { return Mass(1); }).key;
+    if (draw.top_p < 1.0) {
+        SHARED(Mass, total, 1);
+        __syncthreads();
+        if (threadIdx.x == 0) total[0] = 0;
+        __syncthreads();
+        Mass own = 0;
+        for (uint32_t id = threadIdx.x; id < vocab; id += SAMPLE_THREADS) own += kept.mass(logits[id]);
+        own = warp_total(own);
+        if (threadIdx.x % WARP == 0) atomic_add(total, 0, own);
+        __syncthreads();
+        const Mass whole = total[0];
+        const Mass goal = max(Mass(1), min(whole, Mass(ceil(draw.top_p * double(whole)))));
+        const Threshold nucleus = threshold(logits, vocab, goal, [&](float logit) { return kept.mass(logit); });
+        const Mass each = max(Mass(1), kept.mass(logit_of(nucleus.key)));
+        kept.ties = uint32_t(min((goal - nucleus.above + each - 1) / each, Mass(vocab)));
+        kept.key = nucleus.key;
+    }
+    return kept;
+}
+
+// The first id at which the sum of what is kept passes `uniform` times the whole. Each warp sums a part
+// of the row; one of them looks on in the part where it happens.
+__device__ void pick(const float *logits, uint32_t vocab, const Kept &kept, double uniform, uint32_t *token) {
+    SHARED(Mass, masses, SAMPLE_WARPS);
+    SHARED(uint32_t, ties, SAMPLE_WARPS);
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const uint32_t part = (vocab + SAMPLE_THREADS - 1) / SAMPLE_THREADS * WARP;
+    const uint32_t start = min(warp * part, vocab), end = min(start + part, vocab);
+    Mass own = 0;
+    uint32_t own_ties = 0;
+    for (uint32_t id = start + lane; id < end; id += WARP) {
+        if (key_of(logits[id]) == kept.key) own_ties++;
+        else own += kept.mass(logits[id]);
+    }
+    own = warp_total(own);
+    own_ties = warp_total(own_ties);
+    __syncthreads();
+    if (lane == 0) {
+        masses[warp] = own;
+        ties[warp] = own_ties;
+    }
+    __syncthreads();
+    const Mass each = kept.mass(logit_of(kept.key));
+    Mass whole = 0, before = 0;
+    uint32_t ties_left = kept.ties, ties_before = 0;
+    for (int other = 0; other < SAMPLE_WARPS; other++) {
+        const uint32_t taken = min(uint32_t(ties[other]), ties_left);
+        ties_left -= taken;
+        if (other == warp) {
+            before = whole;
+            ties_before = kept.ties - ties_left - taken;
+            own += taken * each;
+        }
+        whole += masses[other] + taken * each;
+    }
+    const Mass target = min(Mass(uniform * double(whole)), whole - 1);
+    if (target < before || target >= before + own) return;
+    for (uint32_t first = start; first < end; first += WARP) {
+        const uint32_t id = first + lane;
+        const bool tied = id < end && key_of(logits[id]) == kept.key;
+        uint32_t tie = tied;
+        for (int step = 1; step < WARP; step *= 2) {
+            const uint32_t left = __shfl_sync(ALL_LANES, tie, max(lane - step, 0));
+            if (lane >= step) tie += left;
+        }
+        Mass running = id >= end ? 0 : !tied ? kept.mass(logits[id]) : ties_before + tie <= kept.ties ? each : 0;
+        const Mass weight = running;
+        for (int step = 1; step < WARP; step *= 2) {
+            const Mass left = __shfl_sync(ALL_LANES, running, max(lane - step, 0));
+            if (lane >= step) running += left;
+        }
+        if (weight && target < before + running && target >= before + running - weight) *token = id;
+        before += __shfl_sync(ALL_LANES, running, WARP - 1);
+        ties_before += __shfl_sync(ALL_LANES, tie, WARP - 1);
+    }
+}
+
+KERNEL(sample, SampleArgs, SAMPLE_THREADS) {
+    SHARED(Mass, room, SAMPLE_WARPS);
+    const Draw draw = args.draws[blockIdx.x];
+    const float *logits = args.logits + size_t(draw.row) * args.vocab;
+    uint32_t *token = args.tokens + blockIdx.x;
+    // The largest key, and of equal ones the first id; above them all where a logit is no number.
+    Mass best = 0;
+    for (uint32_t id = threadIdx.x; id < args.vocab; id += SAMPLE_THREADS) {
+        const float logit = logits[id];
+        const bool broken = !(fabsf(logit) <= 3.4028234e38f);
+        best = max(best, broken ? ~Mass(0) : Mass(key_of(logit)) << 32 | (NO_TOKEN - id));
+    }
+    best = block_max(best, room);
+    const uint32_t likeliest = NO_TOKEN - uint32_t(best);
+    if (best == ~Mass(0) || draw.scale == 0.0f) {
+        if (threadIdx.x == 0) *token = best == ~Mass(0) ? NO_TOKEN : likeliest;
+        return;
+    }
+    const Weights weights = {logit_of(uint32_t(best >> 32)), draw.scale};
+    pick(logits, args.vocab, kept_of(logits, args.vocab, draw, weights), draw.uniform, token);
+}
