@@ -20,7 +20,7 @@
 //! 1. [`sequence`]: one sample's ids, counters and block table; [`sampler`]: its parameters.
 //! 2. [`scheduler`]: waiting and running sequences → the work of the next step, over [`cache`].
 //!    [`grammar`]: which tokens an output that must follow a schema may hold next.
-//! 3. [`step`]: what policy hands to tensors; [`engine`] runs schedule → forward → sample → commit,
+//! 3. [`step`]: what policy hands to tensors, [`draw`] a part of it; [`engine`] runs schedule → forward → sample → commit,
 //!    on the thread of [`engine::thread`].
 //! 4. [`runner`] packs a step; [`decoder`] is the forward pass over [`layers`]; [`backend`] has the
 //!    fused ops, their naive reference and the kernels for CPUs and (feature `cuda`) NVIDIA GPUs.
@@ -52,6 +52,7 @@ pub mod cache;
 pub mod checkpoint;
 pub mod config;
 pub mod decoder;
+pub mod draw;
 pub mod engine;
 pub mod error;
 pub mod grammar;

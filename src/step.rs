@@ -1,22 +1,8 @@
 //! What policy hands to tensors: a [`Step`] of packed [`Chunk`]s in, [`Logits`] out.
 
 use crate::cache::block::BlockId;
+use crate::draw::Draw;
 use crate::error::Result;
-
-/// How a token is drawn where nothing changes its logits first: a row of logits and this give the token.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Draw {
-    /// What logits are multiplied by; `None` takes the likeliest token.
-    pub inverse_temperature: Option<f32>,
-    /// Keeps the tokens no less likely than the k-th.
-    pub top_k: Option<usize>,
-    /// Keeps the smallest set of likeliest tokens whose probabilities sum to this.
-    pub top_p: f64,
-    /// Keeps tokens of at least this fraction of the likeliest one's probability.
-    pub min_p: f32,
-    /// Where in the kept probabilities the token is; in [0, 1).
-    pub uniform: f64,
-}
 
 /// Which rows of a chunk need logits.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -10,8 +10,9 @@ const RULES: &[(&str, &[&str])] = &[
     ("spec.rs", &["error"]),
     ("config.rs", &["error"]),
     ("weights.rs", &["error"]),
-    ("step.rs", &["error", "cache::block"]),
-    ("sampler", &["error", "sampler"]),
+    ("draw.rs", &[]),
+    ("step.rs", &["error", "cache::block", "draw"]),
+    ("sampler", &["error", "draw", "sampler"]),
     ("grammar", &["error", "grammar"]),
     ("sequence.rs", &["error", "config", "cache", "grammar", "sampler", "step", "sequence"]),
     ("scheduler", &["error", "config", "cache", "sampler", "sequence", "step", "scheduler"]),
@@ -33,7 +34,7 @@ const RULES: &[(&str, &[&str])] = &[
             "step",
         ],
     ),
-    ("backend", &["error", "config", "spec", "weights", "cache::block", "backend"]),
+    ("backend", &["error", "config", "spec", "weights", "cache::block", "draw", "backend"]),
     ("layers", &["error", "spec", "weights", "backend", "layers"]),
     ("decoder.rs", &["error", "spec", "weights", "backend", "layers", "cache::pool"]),
     ("checkpoint", &["error", "spec", "weights", "checkpoint"]),
@@ -61,6 +62,7 @@ const RULES: &[(&str, &[&str])] = &[
 /// Policy: integers and numbers only.
 const NO_CANDLE: &[&str] = &[
     "scheduler",
+    "draw.rs",
     "step.rs",
     "sequence.rs",
     "sampler",

@@ -22,9 +22,9 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 
 use crate::cache::block::BlockId;
+use crate::draw::Draw;
 use crate::error::{Error, Result};
 use crate::spec::{Activation, QkNorm, RopePairing};
-use crate::step::Draw;
 use crate::weights::StoredTensor;
 use cpu::Cpu;
 pub use device::CacheBudget;

@@ -13,8 +13,8 @@ use std::collections::HashMap;
 pub use logprobs::{TokenLogprob, token_logprobs};
 pub use params::{GREEDY_BELOW, MAX_SAMPLES, SamplingOptions, SamplingParams};
 
+use crate::draw::Draw;
 use crate::error::{Error, Result};
-use crate::step::Draw;
 
 const FORBIDDEN: f32 = f32::NEG_INFINITY;
 

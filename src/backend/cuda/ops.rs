@@ -10,9 +10,9 @@ use super::launch::{
 use super::matrix::{Format, Matrix};
 use super::{Cuda, DeviceBatch, address};
 use crate::backend::{AttentionOp, Batch, Heads, LayerKv, RopeOp};
+use crate::draw::Draw;
 use crate::error::{Error, Result};
 use crate::spec::{QkNorm, RopePairing};
-use crate::step::Draw;
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use half::bf16;
 
