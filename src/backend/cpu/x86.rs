@@ -285,6 +285,13 @@ impl Pairs {
         Self(intrinsic!(_mm512_loadu_si512(p.cast())))
     }
 
+    /// # Safety
+    /// `p` is valid for writes of 64 bytes.
+    #[inline(always)]
+    pub(super) unsafe fn store(self, p: *mut u8) {
+        intrinsic!(_mm512_storeu_si512(p.cast(), self.0));
+    }
+
     /// Sixteen pairs of i8, exact as bf16.
     ///
     /// # Safety
