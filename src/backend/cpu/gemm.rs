@@ -13,65 +13,10 @@ use half::f16;
 use super::lanes::{Element, LANES, Lanes, array_of};
 use super::pack::PANEL;
 #[cfg(target_arch = "x86_64")]
-use super::x86::{Avx512, Pairs};
-
-/// How weights and activations multiply. Activations are 32-bit words, one per step.
-pub(super) trait Product {
-    type L: Lanes;
-    /// Weights of a tile's 16 rows at one step.
-    type Weights: Copy;
-    /// An activation, in all lanes.
-    type X: Copy;
-    /// `k` per step.
-    const STEP: usize;
-
-    /// # Safety
-    /// `p` is valid for a read.
-    unsafe fn broadcast(p: *const u32) -> Self::X;
-    fn multiply(weights: Self::Weights, x: Self::X, sum: Self::L) -> Self::L;
-}
-
-/// f32 weights times f32 activations.
-pub(super) struct Exact<L>(PhantomData<L>);
-
-impl<L: Lanes> Product for Exact<L> {
-    type L = L;
-    type Weights = L;
-    type X = L;
-    const STEP: usize = 1;
-
-    #[inline(always)]
-    unsafe fn broadcast(p: *const u32) -> L {
-        // SAFETY: the caller's contract.
-        L::splat(f32::from_bits(unsafe { *p }))
-    }
-    #[inline(always)]
-    fn multiply(weights: L, x: L, sum: L) -> L {
-        weights.fma(x, sum)
-    }
-}
-
-/// Pairs of bf16 times pairs of bf16, summed in f32.
+use super::product::PairProduct;
+use super::product::{Exact, Product};
 #[cfg(target_arch = "x86_64")]
-pub(super) struct PairProduct;
-
-#[cfg(target_arch = "x86_64")]
-impl Product for PairProduct {
-    type L = Avx512;
-    type Weights = Pairs;
-    type X = Pairs;
-    const STEP: usize = 2;
-
-    #[inline(always)]
-    unsafe fn broadcast(p: *const u32) -> Pairs {
-        // SAFETY: the caller's contract.
-        unsafe { Pairs::broadcast(p) }
-    }
-    #[inline(always)]
-    fn multiply(weights: Pairs, x: Pairs, sum: Avx512) -> Avx512 {
-        weights.dot(x, sum)
-    }
-}
+use super::x86::Pairs;
 
 /// How the weights of a panel are read (see [`super::pack`] for the layout).
 pub(super) trait Source<P: Product> {

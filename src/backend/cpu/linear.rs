@@ -8,12 +8,14 @@ use std::sync::{Mutex, PoisonError};
 use half::{bf16, f16};
 
 #[cfg(target_arch = "x86_64")]
-use super::gemm::{BytePairs, DensePairs, Expanded, PairProduct};
-use super::gemm::{Exact, Nibbles, PanelTask, Plain, Product, Source};
+use super::gemm::{BytePairs, DensePairs, Expanded};
+use super::gemm::{Nibbles, PanelTask, Plain, Source};
 use super::lanes::Lanes;
 use super::memory::{Shared, written_by};
 use super::pack::{PANEL, Packed, Segment, block_len};
-use super::tier::{Kernel, Tier};
+#[cfg(target_arch = "x86_64")]
+use super::product::PairProduct;
+use super::product::{Exact, Product, ProductKernel, run};
 #[cfg(target_arch = "x86_64")]
 use super::x86::{Avx512, Pairs};
 use super::{Arithmetic, Cpu};
@@ -110,38 +112,6 @@ impl Activations {
         });
         Self { arithmetic, words, sums, steps, blocks }
     }
-}
-
-/// A kernel that comes in two arithmetics.
-trait ProductKernel {
-    fn exact<L: Lanes>(self);
-    #[cfg(target_arch = "x86_64")]
-    fn pairs(self);
-}
-
-/// Runs `kernel` with the instructions of the tier.
-fn run<K: ProductKernel>(tier: Tier, arithmetic: Arithmetic, kernel: K) {
-    struct ExactKernel<K>(K);
-    impl<K: ProductKernel> Kernel for ExactKernel<K> {
-        #[inline(always)]
-        fn run<L: Lanes>(self) {
-            self.0.exact::<L>();
-        }
-    }
-    match arithmetic {
-        Arithmetic::Exact => tier.run(ExactKernel(kernel)),
-        // SAFETY: `Cpu::arithmetic` chooses pairs only in the tier that has the instruction.
-        #[cfg(target_arch = "x86_64")]
-        Arithmetic::Pairs => unsafe { run_pairs(kernel) },
-        #[cfg(not(target_arch = "x86_64"))]
-        Arithmetic::Pairs => unreachable!("`Cpu::arithmetic` never chooses pairs here"),
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
-fn run_pairs<K: ProductKernel>(kernel: K) {
-    kernel.pairs();
 }
 
 /// Rearranges the rows of one group.
