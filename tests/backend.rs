@@ -356,7 +356,10 @@ fn check_attention(
         cache.write((&qkv, width), heads, &batch, |x| round_like_cache(x, dtype));
         let got = backend.paged_attention(&given, heads, attention, &kv, &batch).unwrap();
         let want = reference::paged_attention((&qkv, width), heads, attention, &cache, &batch);
-        assert_close(&values(&got), &want, 2e-5, || format!("attention {}", what()));
+        // Weights are rounded to bf16 where the cache is bf16 and pairs of it are multiplied.
+        let pairs = dtype == candle_core::DType::BF16 && backend.tier() == "avx512bf16";
+        let tolerance = if pairs { 2e-3 } else { 2e-5 };
+        assert_close(&values(&got), &want, tolerance, || format!("attention {}", what()));
     }
 }
 

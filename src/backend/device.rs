@@ -156,7 +156,7 @@ impl Backend {
     ///
     /// # Errors
     /// [`ErrorKind::OutOfMemory`] when weights and activations alone do not fit a GPU.
-    #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
+    #[cfg_attr(not(feature = "cuda"), allow(unused_variables, clippy::needless_pass_by_value))]
     pub fn cache_budget(
         &self,
         utilization: f64,

@@ -8,13 +8,20 @@
 
 use std::ops::Range;
 
-use super::Cpu;
-use super::attention_tile::{Block, Scratch, State, Tile};
+#[cfg(target_arch = "x86_64")]
+use super::attention_pages::Halves;
+use super::attention_pages::{Numbers, Pages, Scratch, Widened};
+use super::attention_tile::{Block, State, Tile};
 use super::lanes::{Element, LANES, Lanes};
 use super::memory::{Shared, written_by};
+#[cfg(target_arch = "x86_64")]
+use super::product::PairProduct;
+use super::product::{self, Exact, Product, ProductKernel};
 use super::tier::Kernel;
+use super::{Arithmetic, Cpu};
 use crate::backend::{AttentionOp, Batch, Heads, Run};
 use crate::config::BLOCK_SIZE;
+use crate::weights::Encoding;
 
 /// Tokens of a tile.
 pub(super) const TILE: usize = 4 * BLOCK_SIZE;
@@ -52,12 +59,8 @@ pub(crate) fn attention<E: Element + Sync>(cpu: &Cpu, input: &Attention<'_, E>) 
                 cpu.pool.run(tasks.len(), &|index| {
                     let task = &tasks[tasks.len() - 1 - index];
                     let mut state = None;
-                    cpu.tier.run(TaskKernel {
-                        input,
-                        task,
-                        spans: task.spans.clone(),
-                        state: &mut state,
-                    });
+                    let spans = task.spans.clone();
+                    input.run(cpu, TaskKernel { input, task, spans, state: &mut state });
                     input.write(task, &state.expect("a task has a span"), out);
                 });
             }
@@ -80,7 +83,7 @@ fn by_span<E: Element + Sync>(
         let (task, span) = work[index];
         // SAFETY: each index is visited once.
         let state = &mut unsafe { shared.part(index, 1) }[0];
-        cpu.tier.run(TaskKernel { input, task, spans: span..span + 1, state });
+        input.run(cpu, TaskKernel { input, task, spans: span..span + 1, state });
     });
     let mut states = states.into_iter();
     for task in tasks {
@@ -102,6 +105,13 @@ struct Task<'a> {
 }
 
 impl<E: Element> Attention<'_, E> {
+    /// In pairs where the cache has bf16 and the machine multiplies pairs of it.
+    fn run<K: ProductKernel>(&self, cpu: &Cpu, kernel: K) {
+        let paired = E::IS_BF16 && self.heads.head_dim.is_multiple_of(LANES);
+        let arithmetic = if paired { cpu.arithmetic(Encoding::BF16) } else { Arithmetic::Exact };
+        product::run(cpu.tier, arithmetic, kernel);
+    }
+
     fn group(&self) -> usize {
         self.heads.num_heads / self.heads.num_kv_heads
     }
@@ -149,8 +159,9 @@ impl<E: Element> Attention<'_, E> {
     }
 
     /// The task's queries, times the scale, in blocks that are computed together.
-    fn blocks(&self, task: &Task<'_>, wide: bool) -> Vec<Block> {
-        let sizes: &[usize] = if wide { &[1, 2, 4, 8] } else { &[1, 2, 4] };
+    #[inline(always)]
+    fn blocks<P: Product>(&self, task: &Task<'_>) -> Vec<Block> {
+        let sizes: &[usize] = if P::L::WIDE { &[1, 2, 4, 8] } else { &[1, 2, 4] };
         let full = sizes[sizes.len() - 1];
         let (dim, group) = (self.heads.head_dim, self.group());
         let queries = task.rows.len() * group;
@@ -158,12 +169,12 @@ impl<E: Element> Attention<'_, E> {
         for first in (0..queries).step_by(full) {
             let count = full.min(queries - first);
             let m = sizes.iter().copied().find(|&m| m >= count).unwrap_or(full);
-            let mut block = Block::new(first, m, dim);
+            let mut block = Block::new(first, m, dim / P::STEP * P::PARTS);
             for slot in 0..count {
                 let row = task.rows.start + (first + slot) / group;
                 let head = task.kv_head * group + (first + slot) % group;
                 let query = &self.qkv[row * self.width + head * dim..][..dim];
-                block.set(slot, query, self.op.scale, self.seen(row));
+                block.set::<P>(slot, query, self.op.scale, self.seen(row));
             }
             blocks.push(block);
         }
@@ -179,58 +190,69 @@ struct TaskKernel<'a, E> {
     state: &'a mut Option<State>,
 }
 
-impl<E: Element> Kernel for TaskKernel<'_, E> {
+impl<E: Element> ProductKernel for TaskKernel<'_, E> {
     #[inline(always)]
-    fn run<L: Lanes>(self) {
+    fn exact<L: Lanes>(self) {
+        self.each::<Exact<L>, Numbers<E>, Widened>();
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn pairs(self) {
+        self.each::<PairProduct, Halves, Widened>();
+    }
+}
+
+impl<E: Element> TaskKernel<'_, E> {
+    /// `D` reads the pages of the cache, `W` what was widened.
+    #[inline(always)]
+    fn each<P: Product, D: Pages<P>, W: Pages<P, Number = u32>>(self) {
         let dim = self.input.heads.head_dim;
-        let vectors = if L::WIDE { 2 * LANES } else { LANES };
+        let vectors = if P::L::WIDE { 2 * LANES } else { LANES };
         let padded = dim.next_multiple_of(vectors);
-        let blocks = self.input.blocks(self.task, L::WIDE);
+        let blocks = self.input.blocks::<P>(self.task);
         let slots = blocks.iter().map(|block| block.m).sum();
         let (first, last) = self.input.context(self.task.rows.clone());
         // Widening pays when several blocks share it, and pads the rows of values.
         let direct = blocks.len() == 1 && padded == dim;
-        let mut scratch = Scratch::new(if direct { 0 } else { dim }, padded);
+        let mut scratch = Scratch::new(dim, if direct { 0 } else { padded });
         for span in self.spans.clone() {
             let mut state = State::new(slots, padded);
             let tiles =
                 (span * SPAN).max(first) / TILE..((span + 1) * SPAN - 1).min(last) / TILE + 1;
             for tile in tiles {
-                let pages = self.pages(tile * TILE, last);
+                let tile = self.tile::<D::Number>(tile * TILE, last);
                 if direct {
-                    let tile = Tile { start: tile * TILE, pages, row: dim };
                     for block in &blocks {
-                        state.update::<L, E>(block, &tile);
+                        state.update::<P, D>(block, &tile);
                     }
                 } else {
-                    let pages = scratch.widen::<L, E>(&pages, dim, padded);
-                    let tile = Tile { start: tile * TILE, pages, row: padded };
+                    let tile = scratch.widen::<P, D>(&tile, padded);
                     for block in &blocks {
-                        state.update::<L, f32>(block, &tile);
+                        state.update::<P, W>(block, &tile);
                     }
                 }
             }
-            Merge { into: self.state, state: Some(state) }.run::<L>();
+            Merge { into: self.state, state: Some(state) }.run::<P::L>();
         }
     }
-}
 
-impl<E: Element> TaskKernel<'_, E> {
     /// Keys and values of this head in the pages from position `start` on, up to that of `last`.
     #[inline(always)]
-    fn pages(&self, start: usize, last: usize) -> [(*const E, *const E); TILE / BLOCK_SIZE] {
+    fn tile<N>(&self, start: usize, last: usize) -> Tile<N> {
         let Heads { num_kv_heads, head_dim, .. } = self.input.heads;
         let (head, page) = (BLOCK_SIZE * head_dim, BLOCK_SIZE * head_dim * num_kv_heads);
         let half = self.input.pages.len() / 2;
         let table = &self.input.batch.blocks[self.task.run.blocks.clone()];
-        std::array::from_fn(|i| {
+        let pages = std::array::from_fn(|i| {
             // A page behind the context is never used; any other stands in for it.
             let index = (start / BLOCK_SIZE + i).min(last / BLOCK_SIZE);
             let at = table[index].0 as usize * page + self.task.kv_head * head;
             let (keys, values) =
                 (&self.input.pages[at..at + head], &self.input.pages[half + at..][..head]);
-            (keys.as_ptr(), values.as_ptr())
-        })
+            (keys.as_ptr().cast(), values.as_ptr().cast())
+        });
+        Tile { start, valid: (last + 1 - start).min(TILE), pages, row: head_dim }
     }
 }
 

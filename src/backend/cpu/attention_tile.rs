@@ -2,17 +2,20 @@
 //!
 //! Scores: `[query][16 tokens]`, one lane per token, as keys are stored `[dim][16 tokens]`. Softmax is
 //! online: a greatest score, a sum and an unnormalised output per query. Outputs: one lane per
-//! dimension, as values are stored `[token][dim]`. Tokens that a query does not see have weight zero,
+//! dimension, as values are stored `[token][dim]`. Sums go over dimensions or tokens step by step, of one
+//! number or a pair ([`Product`]). Tokens that a query does not see have weight zero,
 //! and a tile of which it sees none changes nothing, bit for bit.
 #![allow(unsafe_code)] // Keys and values are read through raw pointers.
 
 use super::attention::TILE;
-use super::lanes::{Element, LANES, Lanes, array_of};
+use super::attention_pages::Pages;
+use super::lanes::{LANES, Lanes, array_of};
+use super::product::Product;
 use crate::config::BLOCK_SIZE;
 
 const _: () = assert!(BLOCK_SIZE == LANES, "a page's tokens are the lanes of a score");
 
-const PAGES: usize = TILE / BLOCK_SIZE;
+pub(super) const PAGES: usize = TILE / BLOCK_SIZE;
 /// Row of scores: a tile, and a page that is written when pages are taken two at a time.
 const SCORES: usize = TILE + BLOCK_SIZE;
 
@@ -22,8 +25,8 @@ pub(super) struct Block {
     first: usize,
     /// Slots; the last ones may be empty.
     pub(super) m: usize,
-    /// `[dim][slot]`.
-    queries: Vec<f32>,
+    /// Words `[step][part][slot]`.
+    queries: Vec<u32>,
     /// First and last position that each slot sees; an empty slot sees none.
     seen: [(usize, usize); 8],
     /// First and last position that any slot sees.
@@ -31,14 +34,35 @@ pub(super) struct Block {
 }
 
 impl Block {
-    pub(super) fn new(first: usize, m: usize, dim: usize) -> Self {
+    /// Of `m` slots, whose queries have `steps` steps.
+    pub(super) fn new(first: usize, m: usize, steps: usize) -> Self {
         let none = (usize::MAX, 0);
-        Self { first, m, queries: vec![0.0; m * dim], seen: [none; 8], bounds: none }
+        Self { first, m, queries: vec![0; m * steps], seen: [none; 8], bounds: none }
     }
 
-    pub(super) fn set(&mut self, slot: usize, query: &[f32], scale: f32, seen: (usize, usize)) {
-        for (d, &q) in query.iter().enumerate() {
-            self.queries[d * self.m + slot] = q * scale;
+    #[inline(always)]
+    pub(super) fn set<P: Product>(
+        &mut self,
+        slot: usize,
+        query: &[f32],
+        scale: f32,
+        seen: (usize, usize),
+    ) {
+        let steps = 32 / P::STEP;
+        for (block, query) in query.chunks(32).enumerate() {
+            let mut numbers = [[0.0; 32]];
+            for (number, &q) in numbers[0].iter_mut().zip(query) {
+                *number = q * scale;
+            }
+            for part in 0..P::PARTS {
+                let mut packed = numbers;
+                P::pack(&mut packed);
+                P::subtract(&mut numbers, &packed);
+                for (i, word) in packed[0][..query.len() / P::STEP].iter().enumerate() {
+                    let step = block * steps + i;
+                    self.queries[(step * P::PARTS + part) * self.m + slot] = word.to_bits();
+                }
+            }
         }
         self.seen[slot] = seen;
         self.bounds = (self.bounds.0.min(seen.0), self.bounds.1.max(seen.1));
@@ -49,63 +73,12 @@ impl Block {
 pub(super) struct Tile<E> {
     /// Position of the first token, a multiple of 64.
     pub(super) start: usize,
+    /// Tokens that are in the cache, from the first on; what comes behind may be anything.
+    pub(super) valid: usize,
     /// Keys `[dim][16]` and values `[16][row]` of each page.
     pub(super) pages: [(*const E, *const E); PAGES],
     /// Distance of two tokens' values.
     pub(super) row: usize,
-}
-
-/// Keys and values of a tile as f32.
-pub(super) struct Scratch(Vec<f32>);
-
-impl Scratch {
-    pub(super) fn new(dim: usize, padded: usize) -> Self {
-        let row = if dim == 0 { 0 } else { dim + padded };
-        Self(vec![0.0; TILE * row])
-    }
-
-    /// Widens the pages; rows of values become `padded` long, the padding stays zero.
-    #[inline(always)]
-    pub(super) fn widen<L: Lanes, E: Element>(
-        &mut self,
-        pages: &[(*const E, *const E); PAGES],
-        dim: usize,
-        padded: usize,
-    ) -> [(*const f32, *const f32); PAGES] {
-        let (all_keys, all_values) = self.0.split_at_mut(TILE * dim);
-        let mut widened = [(std::ptr::null(), std::ptr::null()); PAGES];
-        for (i, &(from_keys, from_values)) in pages.iter().enumerate() {
-            let keys = &mut all_keys[i * BLOCK_SIZE * dim..][..BLOCK_SIZE * dim];
-            let values = &mut all_values[i * BLOCK_SIZE * padded..][..BLOCK_SIZE * padded];
-            // SAFETY: a page holds 16 * dim keys and as many values.
-            unsafe {
-                for (d, keys) in keys.chunks_exact_mut(LANES).enumerate() {
-                    E::load::<L>(from_keys.add(d * LANES)).store(keys.as_mut_ptr());
-                }
-                for (token, values) in values.chunks_exact_mut(padded).enumerate() {
-                    widen_row::<L, E>(from_values.add(token * dim), &mut values[..dim]);
-                }
-            }
-            widened[i] = (keys.as_ptr(), values.as_ptr());
-        }
-        widened
-    }
-}
-
-/// # Safety
-/// `from` is valid for reads of `to.len()` numbers.
-#[inline(always)]
-unsafe fn widen_row<L: Lanes, E: Element>(from: *const E, to: &mut [f32]) {
-    let whole = to.len() / LANES * LANES;
-    // SAFETY: the caller's contract.
-    unsafe {
-        for i in (0..whole).step_by(LANES) {
-            E::load::<L>(from.add(i)).store(to[i..i + LANES].as_mut_ptr());
-        }
-        for (i, to) in to.iter_mut().enumerate().skip(whole) {
-            *to = from.add(i).read().widen();
-        }
-    }
 }
 
 /// Greatest score, sum of weights and weighted sum of values, per slot.
@@ -130,36 +103,40 @@ impl State {
 
     /// Takes the tile in for all queries of the block.
     #[inline(always)]
-    pub(super) fn update<L: Lanes, E: Element>(&mut self, block: &Block, tile: &Tile<E>) {
+    pub(super) fn update<P: Product, D: Pages<P>>(
+        &mut self,
+        block: &Block,
+        tile: &Tile<D::Number>,
+    ) {
         let (first, last) = block.bounds;
         let start = first.saturating_sub(tile.start);
         if last < tile.start || start >= TILE {
             return;
         }
         let tokens = (start, (last + 1 - tile.start).min(TILE));
-        match (L::WIDE, block.m) {
-            (true, 1) => self.update_block::<L, E, 1, 2>(block, tile, tokens),
-            (true, 2) => self.update_block::<L, E, 2, 2>(block, tile, tokens),
-            (true, 4) => self.update_block::<L, E, 4, 2>(block, tile, tokens),
-            (true, _) => self.update_block::<L, E, 8, 2>(block, tile, tokens),
-            (false, 1) => self.update_block::<L, E, 1, 1>(block, tile, tokens),
-            (false, 2) => self.update_block::<L, E, 2, 1>(block, tile, tokens),
-            (false, _) => self.update_block::<L, E, 4, 1>(block, tile, tokens),
+        match (P::L::WIDE, block.m) {
+            (true, 1) => self.update_block::<P, D, 1, 2>(block, tile, tokens),
+            (true, 2) => self.update_block::<P, D, 2, 2>(block, tile, tokens),
+            (true, 4) => self.update_block::<P, D, 4, 2>(block, tile, tokens),
+            (true, _) => self.update_block::<P, D, 8, 2>(block, tile, tokens),
+            (false, 1) => self.update_block::<P, D, 1, 1>(block, tile, tokens),
+            (false, 2) => self.update_block::<P, D, 2, 1>(block, tile, tokens),
+            (false, _) => self.update_block::<P, D, 4, 1>(block, tile, tokens),
         }
     }
 
     #[inline(always)]
-    fn update_block<L: Lanes, E: Element, const M: usize, const T: usize>(
+    fn update_block<P: Product, D: Pages<P>, const M: usize, const T: usize>(
         &mut self,
         block: &Block,
-        tile: &Tile<E>,
+        tile: &Tile<D::Number>,
         (start, end): (usize, usize),
     ) {
         let mut scores = [[0.0; SCORES]; M];
         let pages = (start / BLOCK_SIZE, end.div_ceil(BLOCK_SIZE));
         for page in (pages.0..pages.1).step_by(T) {
             let keys = array_of!(t < T => tile.pages[(page + t).min(pages.1 - 1)].0);
-            score_pages::<L, E, M, T>(&block.queries, keys, page * BLOCK_SIZE, &mut scores);
+            score_pages::<P, D, M, T>(&block.queries, keys, page * BLOCK_SIZE, &mut scores);
         }
         let mut decay = [1.0; M];
         for slot in 0..M {
@@ -168,11 +145,12 @@ impl State {
                 &mut self.greatest[block.first + slot],
                 &mut self.sums[(block.first + slot) * LANES..],
             );
-            decay[slot] = masks.softmax::<L>(&mut scores[slot], slot_state);
+            decay[slot] = masks.softmax::<P::L>(&mut scores[slot], slot_state);
+            P::pack(scores[slot].as_chunks_mut::<32>().0);
         }
         let outputs = &mut self.outputs[block.first * self.padded..][..M * self.padded];
         for d in (0..self.padded).step_by(T * LANES) {
-            weigh_values::<L, E, M, T>(tile, (start, end), d, (&scores, &decay), outputs);
+            weigh_values::<P, D, M, T>(tile, (start, end), d, (&scores, &decay), outputs);
         }
     }
 
@@ -223,18 +201,22 @@ fn blend<L: Lanes>(to: &mut [f32], from: &[f32], keep: L, take: L) {
 
 /// Writes the products of all queries with the keys of `T` pages to `scores[..][at..]`.
 #[inline(always)]
-fn score_pages<L: Lanes, E: Element, const M: usize, const T: usize>(
-    queries: &[f32],
-    keys: [*const E; T],
+fn score_pages<P: Product, D: Pages<P>, const M: usize, const T: usize>(
+    queries: &[u32],
+    keys: [*const D::Number; T],
     at: usize,
     scores: &mut [[f32; SCORES]; M],
 ) {
-    let mut sums = [[L::splat(0.0); T]; M];
-    for (d, queries) in queries.chunks_exact(M).enumerate() {
-        // SAFETY: a page holds 16 keys for each of the dimensions that a query has.
-        let keys: [L; T] = unsafe { array_of!(t < T => E::load(keys[t].add(d * LANES))) };
-        for (sums, &query) in sums.iter_mut().zip(queries) {
-            add_products(sums, keys, L::splat(query));
+    let mut sums = [[P::L::splat(0.0); T]; M];
+    for (step, queries) in queries.chunks_exact(M * P::PARTS).enumerate() {
+        // SAFETY: a page holds the keys of each step that a query has.
+        unsafe {
+            let keys = array_of!(t < T => D::keys(keys[t].add(step * D::KEYS)));
+            for queries in queries.chunks_exact(M) {
+                for (sums, query) in sums.iter_mut().zip(queries) {
+                    add_products::<P, T>(sums, keys, P::broadcast(query));
+                }
+            }
         }
     }
     for (sums, scores) in sums.iter().zip(scores) {
@@ -309,38 +291,40 @@ impl Masks {
     }
 }
 
-/// `outputs[..][d..] = outputs * decay + weights · values` for `T` vectors of dimensions.
+/// `outputs[..][d..] = outputs * decay + weights · values` for `T` vectors of dimensions. Weights are
+/// packed; those of tokens before `start` and from `end` on are zero.
 #[inline(always)]
-fn weigh_values<L: Lanes, E: Element, const M: usize, const T: usize>(
-    tile: &Tile<E>,
+fn weigh_values<P: Product, D: Pages<P>, const M: usize, const T: usize>(
+    tile: &Tile<D::Number>,
     (start, end): (usize, usize),
     d: usize,
     (weights, decay): (&[[f32; SCORES]; M], &[f32; M]),
     outputs: &mut [f32],
 ) {
     let padded = outputs.len() / M;
-    let mut sums = [[L::splat(0.0); T]; M];
+    let mut sums = [[P::L::splat(0.0); T]; M];
     for (m, sums) in sums.iter_mut().enumerate() {
         let before = &outputs[m * padded + d..][..T * LANES];
         for (t, sum) in sums.iter_mut().enumerate() {
             // SAFETY: `before` is `T` times 16 values.
-            *sum = unsafe { L::load(before.as_ptr().add(t * LANES)) }.mul(L::splat(decay[m]));
+            *sum = unsafe { P::L::load(before.as_ptr().add(t * LANES)) }.mul(P::L::splat(decay[m]));
         }
     }
+    let steps = BLOCK_SIZE / P::STEP;
     for page in start / BLOCK_SIZE..end.div_ceil(BLOCK_SIZE) {
-        let first = page * BLOCK_SIZE;
-        let tokens = start.max(first)..end.min(first + BLOCK_SIZE);
-        let mut values = tile.pages[page].1.wrapping_add((tokens.start - first) * tile.row + d);
-        for token in tokens {
-            // SAFETY: a page has 16 rows of values, which are `tile.row` long, whole pairs of
-            // vectors; a row of weights has one for each token of the tile.
+        let first = page * steps;
+        for step in first.max(start / P::STEP)..(first + steps).min(end.div_ceil(P::STEP)) {
+            let values = tile.pages[page].1.wrapping_add((step - first) * D::ROWS * tile.row + d);
+            let whole = (step + 1) * P::STEP <= tile.valid;
+            // SAFETY: a page has the values of each of its steps in rows that are `tile.row` long,
+            // whole pairs of vectors; a row of weights has a word for each step of the tile.
             unsafe {
-                let lanes: [L; T] = array_of!(t < T => E::load(values.add(t * LANES)));
+                let lanes = array_of!(t < T => D::values(values.add(t * LANES), tile.row, whole));
                 for (sums, weights) in sums.iter_mut().zip(weights) {
-                    add_products(sums, lanes, L::splat(*weights.get_unchecked(token)));
+                    let weight = P::broadcast(weights.as_ptr().cast::<u32>().add(step));
+                    add_products::<P, T>(sums, lanes, weight);
                 }
             }
-            values = values.wrapping_add(tile.row);
         }
     }
     for (m, sums) in sums.iter().enumerate() {
@@ -353,9 +337,13 @@ fn weigh_values<L: Lanes, E: Element, const M: usize, const T: usize>(
 }
 
 #[inline(always)]
-fn add_products<L: Lanes, const T: usize>(sums: &mut [L; T], lanes: [L; T], factor: L) {
+fn add_products<P: Product, const T: usize>(
+    sums: &mut [P::L; T],
+    lanes: [P::Weights; T],
+    factor: P::X,
+) {
     for (sum, lanes) in sums.iter_mut().zip(lanes) {
-        *sum = lanes.fma(factor, *sum);
+        *sum = P::multiply(lanes, factor, *sum);
     }
 }
 

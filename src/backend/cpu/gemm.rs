@@ -13,65 +13,10 @@ use half::f16;
 use super::lanes::{Element, LANES, Lanes, array_of};
 use super::pack::PANEL;
 #[cfg(target_arch = "x86_64")]
-use super::x86::{Avx512, Pairs};
-
-/// How weights and activations multiply. Activations are 32-bit words, one per step.
-pub(super) trait Product {
-    type L: Lanes;
-    /// Weights of a tile's 16 rows at one step.
-    type Weights: Copy;
-    /// An activation, in all lanes.
-    type X: Copy;
-    /// `k` per step.
-    const STEP: usize;
-
-    /// # Safety
-    /// `p` is valid for a read.
-    unsafe fn broadcast(p: *const u32) -> Self::X;
-    fn multiply(weights: Self::Weights, x: Self::X, sum: Self::L) -> Self::L;
-}
-
-/// f32 weights times f32 activations.
-pub(super) struct Exact<L>(PhantomData<L>);
-
-impl<L: Lanes> Product for Exact<L> {
-    type L = L;
-    type Weights = L;
-    type X = L;
-    const STEP: usize = 1;
-
-    #[inline(always)]
-    unsafe fn broadcast(p: *const u32) -> L {
-        // SAFETY: the caller's contract.
-        L::splat(f32::from_bits(unsafe { *p }))
-    }
-    #[inline(always)]
-    fn multiply(weights: L, x: L, sum: L) -> L {
-        weights.fma(x, sum)
-    }
-}
-
-/// Pairs of bf16 times pairs of bf16, summed in f32.
+use super::product::PairProduct;
+use super::product::{Exact, Product};
 #[cfg(target_arch = "x86_64")]
-pub(super) struct PairProduct;
-
-#[cfg(target_arch = "x86_64")]
-impl Product for PairProduct {
-    type L = Avx512;
-    type Weights = Pairs;
-    type X = Pairs;
-    const STEP: usize = 2;
-
-    #[inline(always)]
-    unsafe fn broadcast(p: *const u32) -> Pairs {
-        // SAFETY: the caller's contract.
-        unsafe { Pairs::broadcast(p) }
-    }
-    #[inline(always)]
-    fn multiply(weights: Pairs, x: Pairs, sum: Avx512) -> Avx512 {
-        weights.dot(x, sum)
-    }
-}
+use super::x86::Pairs;
 
 /// How the weights of a panel are read (see [`super::pack`] for the layout).
 pub(super) trait Source<P: Product> {
@@ -85,6 +30,9 @@ pub(super) trait Source<P: Product> {
     const STEPS: usize;
     /// Bytes of a group, both tiles.
     const BYTES: usize;
+    /// Whether eight rows meet both tiles at once. Sums and totals then take more registers than there
+    /// are, but an activation is read once.
+    const BOTH_TILES: bool = true;
 
     /// # Safety
     /// `group` points to a whole group; `tile` is 0 or 1.
@@ -158,6 +106,10 @@ impl<const OFFSET: usize> Source<PairProduct> for Nibbles<OFFSET> {
     }
 }
 
+/// Bytes of a group of [`DensePairs`]: four pairs of each row.
+#[cfg(target_arch = "x86_64")]
+const DENSE_GROUP_BYTES: usize = PANEL * 16;
+
 /// Pairs of bf16.
 #[cfg(target_arch = "x86_64")]
 pub(super) struct DensePairs;
@@ -168,7 +120,7 @@ impl Source<PairProduct> for DensePairs {
     const SCALES: usize = 0;
     const GROUPS: usize = 1;
     const STEPS: usize = 4;
-    const BYTES: usize = PANEL * 16;
+    const BYTES: usize = DENSE_GROUP_BYTES;
 
     #[inline(always)]
     unsafe fn raw(group: *const u8, tile: usize) -> *const u8 {
@@ -204,6 +156,70 @@ impl Source<PairProduct> for BytePairs {
     }
 }
 
+/// A panel of another source with its numbers as [`DensePairs`]: for many rows, so that the numbers are
+/// unpacked once.
+#[cfg(target_arch = "x86_64")]
+pub(super) struct Expanded<const SCALES: usize>;
+
+#[cfg(target_arch = "x86_64")]
+impl<const SCALES: usize> Source<PairProduct> for Expanded<SCALES> {
+    type Raw = *const u8;
+    const SCALES: usize = SCALES;
+    const GROUPS: usize = 4;
+    const STEPS: usize = 4;
+    const BYTES: usize = DENSE_GROUP_BYTES;
+    const BOTH_TILES: bool = false;
+
+    #[inline(always)]
+    unsafe fn raw(group: *const u8, tile: usize) -> *const u8 {
+        // SAFETY: the caller's contract.
+        unsafe { DensePairs::raw(group, tile) }
+    }
+    #[inline(always)]
+    unsafe fn weights(raw: *const u8, step: usize) -> Pairs {
+        // SAFETY: the caller's contract.
+        unsafe { DensePairs::weights(raw, step) }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl<const SCALES: usize> Expanded<SCALES> {
+    /// Bytes of a block of 32 `k`.
+    pub(super) const BLOCK: usize = SCALES * PANEL * 2 + 4 * DENSE_GROUP_BYTES;
+
+    /// Expands a panel of `blocks` blocks.
+    ///
+    /// # Safety
+    /// `panel` points to the whole panel, `to` to room for as many blocks.
+    #[inline(always)]
+    pub(super) unsafe fn expand<S: Source<PairProduct>>(
+        panel: *const u8,
+        blocks: usize,
+        to: *mut u8,
+    ) {
+        let head = SCALES * PANEL * 2;
+        for block in 0..blocks {
+            // SAFETY: the caller's contract.
+            unsafe {
+                let from = panel.add(block * (head + S::GROUPS * S::BYTES));
+                let to = to.add(block * Self::BLOCK);
+                from.copy_to_nonoverlapping(to, head);
+                for group in 0..S::GROUPS {
+                    let raw = array_of!(t < 2 => S::raw(from.add(head + group * S::BYTES), t));
+                    let to = to.add(head + group * DENSE_GROUP_BYTES);
+                    macro_rules! steps {
+                        ($($step:literal)*) => {$(
+                            S::weights(raw[0], $step).store(to.add($step * 128));
+                            S::weights(raw[1], $step).store(to.add($step * 128 + 64));
+                        )*};
+                    }
+                    steps!(0 1 2 3);
+                }
+            }
+        }
+    }
+}
+
 /// One panel times one group of rows.
 #[derive(Clone, Copy)]
 pub(super) struct PanelTask {
@@ -236,6 +252,7 @@ impl PanelTask {
                 (true, 1) => self.tiles::<P, S, 1, 2>(0),
                 (true, 2) => self.tiles::<P, S, 2, 2>(0),
                 (true, 4) => self.tiles::<P, S, 4, 2>(0),
+                (true, 8) if !S::BOTH_TILES => self.both::<P, S, 8>(),
                 (true, _) => self.tiles::<P, S, 8, 2>(0),
                 (false, 1) => self.both::<P, S, 1>(),
                 (false, 2) => self.both::<P, S, 2>(),

@@ -102,6 +102,9 @@ pub(crate) trait Lanes: Copy + 'static {
 
 /// Numbers that load as f32 lanes.
 pub(crate) trait Element: Copy + 'static {
+    /// Whether it is bf16, which also multiplies in pairs.
+    const IS_BF16: bool = false;
+
     /// # Safety
     /// `p` is valid for reads of 16 values.
     unsafe fn load<L: Lanes>(p: *const Self) -> L;
@@ -109,8 +112,10 @@ pub(crate) trait Element: Copy + 'static {
 }
 
 macro_rules! element {
-    ($type:ty, $load:ident, $x:ident => $widen:expr) => {
+    ($type:ty, $load:ident, $x:ident => $widen:expr $(, $is_bf16:expr)?) => {
         impl Element for $type {
+            $(const IS_BF16: bool = $is_bf16;)?
+
             #[inline(always)]
             unsafe fn load<L: Lanes>(p: *const Self) -> L {
                 // SAFETY: the caller's contract.
@@ -125,7 +130,7 @@ macro_rules! element {
     };
 }
 element!(f32, load, x => x);
-element!(bf16, load_bf16, x => x.to_f32());
+element!(bf16, load_bf16, x => x.to_f32(), true);
 element!(f16, load_f16, x => x.to_f32());
 element!(i8, load_i8, x => f32::from(x));
 

@@ -3,17 +3,19 @@
 
 use std::marker::PhantomData;
 use std::ops::Range;
-use std::sync::PoisonError;
+use std::sync::{Mutex, PoisonError};
 
 use half::{bf16, f16};
 
 #[cfg(target_arch = "x86_64")]
-use super::gemm::{BytePairs, DensePairs, PairProduct};
-use super::gemm::{Exact, Nibbles, PanelTask, Plain, Product, Source};
+use super::gemm::{BytePairs, DensePairs, Expanded};
+use super::gemm::{Nibbles, PanelTask, Plain, Source};
 use super::lanes::Lanes;
 use super::memory::{Shared, written_by};
 use super::pack::{PANEL, Packed, Segment, block_len};
-use super::tier::{Kernel, Tier};
+#[cfg(target_arch = "x86_64")]
+use super::product::PairProduct;
+use super::product::{Exact, Product, ProductKernel, run};
 #[cfg(target_arch = "x86_64")]
 use super::x86::{Avx512, Pairs};
 use super::{Arithmetic, Cpu};
@@ -21,6 +23,10 @@ use crate::weights::Encoding;
 
 /// Activations that a block of rows may take; it stays in the second-level cache with a panel.
 const ROW_BLOCK_BYTES: usize = 256 << 10;
+
+/// Groups of rows from which on quantised panels are unpacked before they are multiplied.
+#[cfg(target_arch = "x86_64")]
+const EXPAND_FROM: usize = 3;
 
 /// `x · Wᵀ + bias` for `x`: `[rows, cols]` → `[rows, W.rows]`.
 pub(crate) fn linear(cpu: &Cpu, x: &[f32], weight: &Packed) -> Vec<f32> {
@@ -106,38 +112,6 @@ impl Activations {
         });
         Self { arithmetic, words, sums, steps, blocks }
     }
-}
-
-/// A kernel that comes in two arithmetics.
-trait ProductKernel {
-    fn exact<L: Lanes>(self);
-    #[cfg(target_arch = "x86_64")]
-    fn pairs(self);
-}
-
-/// Runs `kernel` with the instructions of the tier.
-fn run<K: ProductKernel>(tier: Tier, arithmetic: Arithmetic, kernel: K) {
-    struct ExactKernel<K>(K);
-    impl<K: ProductKernel> Kernel for ExactKernel<K> {
-        #[inline(always)]
-        fn run<L: Lanes>(self) {
-            self.0.exact::<L>();
-        }
-    }
-    match arithmetic {
-        Arithmetic::Exact => tier.run(ExactKernel(kernel)),
-        // SAFETY: `Cpu::arithmetic` chooses pairs only in the tier that has the instruction.
-        #[cfg(target_arch = "x86_64")]
-        Arithmetic::Pairs => unsafe { run_pairs(kernel) },
-        #[cfg(not(target_arch = "x86_64"))]
-        Arithmetic::Pairs => unreachable!("`Cpu::arithmetic` never chooses pairs here"),
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
-fn run_pairs<K: ProductKernel>(kernel: K) {
-    kernel.pairs();
 }
 
 /// Rearranges the rows of one group.
@@ -253,7 +227,7 @@ fn multiply(cpu: &Cpu, weight: &Packed, groups: &[Group], x: &[Activations], out
                 run(
                     cpu.tier,
                     segment.arithmetic,
-                    Panels { weight, segment, range, groups, x, out },
+                    Panels { weight, segment, range, groups, x, out, scratch: &cpu.scratch },
                 );
             }
             offset = end;
@@ -269,6 +243,7 @@ struct Panels<'a> {
     groups: &'a [Group],
     x: &'a Activations,
     out: Shared<f32>,
+    scratch: &'a Mutex<Vec<Vec<u32>>>,
 }
 
 impl ProductKernel for Panels<'_> {
@@ -289,9 +264,9 @@ impl ProductKernel for Panels<'_> {
     fn pairs(self) {
         match self.segment.encoding {
             Encoding::BF16 => self.each::<PairProduct, DensePairs>(),
-            Encoding::Q4_0 => self.each::<PairProduct, Nibbles<8>>(),
-            Encoding::Q4_1 => self.each::<PairProduct, Nibbles<0>>(),
-            Encoding::Q8_0 => self.each::<PairProduct, BytePairs>(),
+            Encoding::Q4_0 => self.quantised::<Nibbles<8>, 1>(),
+            Encoding::Q4_1 => self.quantised::<Nibbles<0>, 2>(),
+            Encoding::Q8_0 => self.quantised::<BytePairs, 1>(),
             Encoding::F32 | Encoding::F16 => {
                 unreachable!("`Cpu::arithmetic` computes f32 and f16 weights exactly")
             }
@@ -302,40 +277,72 @@ impl ProductKernel for Panels<'_> {
 impl Panels<'_> {
     #[inline(always)]
     fn each<P: Product, S: Source<P>>(self) {
+        for panel in self.range.clone() {
+            // SAFETY: the panel holds all blocks by `Segment::stride`.
+            unsafe { self.panel::<P, S>(panel, self.segment.panel(panel).as_ptr()) }
+        }
+    }
+
+    /// Unpacks each panel first where enough groups of rows share it; the sums are the same.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn quantised<S: Source<PairProduct>, const SCALES: usize>(self) {
+        if self.groups.len() < EXPAND_FROM {
+            return self.each::<PairProduct, S>();
+        }
+        let blocks = self.blocks();
+        let spare = || self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut expanded = spare().pop().unwrap_or_default();
+        expanded.resize(blocks * Expanded::<SCALES>::BLOCK / size_of::<u32>(), 0);
+        for panel in self.range.clone() {
+            let bytes = self.segment.panel(panel);
+            // SAFETY: the panel holds all blocks by `Segment::stride`, and `expanded` has room for them.
+            unsafe {
+                let to = expanded.as_mut_ptr().cast();
+                Expanded::<SCALES>::expand::<S>(bytes.as_ptr(), blocks, to);
+                self.panel::<PairProduct, Expanded<SCALES>>(panel, to);
+            }
+        }
+        spare().push(expanded);
+    }
+
+    /// Blocks of a panel.
+    fn blocks(&self) -> usize {
+        self.weight.cols.div_ceil(block_len(self.segment.encoding))
+    }
+
+    /// # Safety
+    /// `bytes` points to the blocks of panel number `panel`, as `S` reads them.
+    #[inline(always)]
+    unsafe fn panel<P: Product, S: Source<P>>(&self, panel: usize, bytes: *const u8) {
         let Self { weight, segment, x, .. } = self;
-        let blocks = weight.cols.div_ceil(block_len(segment.encoding));
+        let blocks = self.blocks();
         let steps = block_len(segment.encoding) / P::STEP;
         assert_eq!(steps, S::GROUPS * S::STEPS, "the source reads whole blocks");
         assert_eq!(steps * blocks, x.steps, "the activations have the steps of the panel");
-        for panel in self.range.clone() {
-            let col = segment.start + panel * PANEL;
-            let cols = (segment.rows - panel * PANEL).min(PANEL);
-            let bytes = segment.panel(panel);
-            for group in self.groups {
-                let sums = if S::SCALES == 2 {
-                    x.sums[group.start * x.blocks..].as_ptr()
-                } else {
-                    std::ptr::null()
-                };
-                let task = PanelTask {
-                    panel: bytes.as_ptr(),
-                    blocks,
-                    x: x.words[group.start * x.steps..][..group.m * x.steps].as_ptr(),
-                    sums,
-                    bias: weight
-                        .bias
-                        .get(col..col + cols)
-                        .map_or(std::ptr::null(), <[f32]>::as_ptr),
-                    out: self.out.at(group.start * weight.rows + col),
-                    stride: weight.rows,
-                    rows: group.rows,
-                    cols,
-                };
-                // SAFETY: the panel holds all blocks by `Segment::stride`; the activations hold all
-                // steps as asserted, and a sum per block; the output has `group.rows` rows from
-                // `group.start` on and `cols` columns from `col` on, and no other task has them.
-                unsafe { task.run::<P, S>(group.m) }
-            }
+        let col = segment.start + panel * PANEL;
+        let cols = (segment.rows - panel * PANEL).min(PANEL);
+        for group in self.groups {
+            let sums = if S::SCALES == 2 {
+                x.sums[group.start * x.blocks..].as_ptr()
+            } else {
+                std::ptr::null()
+            };
+            let task = PanelTask {
+                panel: bytes,
+                blocks,
+                x: x.words[group.start * x.steps..][..group.m * x.steps].as_ptr(),
+                sums,
+                bias: weight.bias.get(col..col + cols).map_or(std::ptr::null(), <[f32]>::as_ptr),
+                out: self.out.at(group.start * weight.rows + col),
+                stride: weight.rows,
+                rows: group.rows,
+                cols,
+            };
+            // SAFETY: the caller's contract for the panel; the activations hold all
+            // steps as asserted, and a sum per block; the output has `group.rows` rows from
+            // `group.start` on and `cols` columns from `col` on, and no other task has them.
+            unsafe { task.run::<P, S>(group.m) }
         }
     }
 }

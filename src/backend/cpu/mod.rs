@@ -2,6 +2,7 @@
 #![allow(clippy::inline_always)] // A kernel only gets its CPU features by being inlined; see `tier`.
 
 mod attention;
+mod attention_pages;
 mod attention_tile;
 mod gemm;
 mod lanes;
@@ -10,6 +11,7 @@ mod memory;
 mod memory_limit;
 mod pack;
 mod pool;
+mod product;
 mod rope;
 mod rows;
 mod tier;

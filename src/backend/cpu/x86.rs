@@ -285,6 +285,30 @@ impl Pairs {
         Self(intrinsic!(_mm512_loadu_si512(p.cast())))
     }
 
+    /// Pairs of the numbers at `first` and at `second`; zeros stand in for a null `second`.
+    ///
+    /// # Safety
+    /// `first`, and `second` unless null, are valid for reads of 16 numbers.
+    #[inline(always)]
+    pub(super) unsafe fn interleave(first: *const bf16, second: *const bf16) -> Self {
+        Self(intrinsic!({
+            let low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(first.cast()));
+            if second.is_null() {
+                low
+            } else {
+                let high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(second.cast()));
+                _mm512_or_si512(low, _mm512_slli_epi32::<16>(high))
+            }
+        }))
+    }
+
+    /// # Safety
+    /// `p` is valid for writes of 64 bytes.
+    #[inline(always)]
+    pub(super) unsafe fn store(self, p: *mut u8) {
+        intrinsic!(_mm512_storeu_si512(p.cast(), self.0));
+    }
+
     /// Sixteen pairs of i8, exact as bf16.
     ///
     /// # Safety

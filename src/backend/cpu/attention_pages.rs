@@ -1,0 +1,231 @@
+//! How attention reads the pages of the cache: number by number, or in pairs of bf16 along the sums, of
+//! dimensions for keys and of tokens for values.
+#![allow(unsafe_code)] // Keys and values are read through raw pointers.
+
+use std::marker::PhantomData;
+
+#[cfg(target_arch = "x86_64")]
+use half::bf16;
+
+use super::attention_tile::{PAGES, Tile};
+use super::lanes::{Element, LANES, Lanes};
+#[cfg(target_arch = "x86_64")]
+use super::product::PairProduct;
+use super::product::{Exact, Product};
+#[cfg(target_arch = "x86_64")]
+use super::x86::Pairs;
+use crate::config::BLOCK_SIZE;
+
+/// Pages whose keys are `[dim][16]` and whose values `[16][row]`, or have steps of both in their place.
+pub(super) trait Pages<P: Product> {
+    type Number: Copy;
+    /// Numbers from a step's keys to the next one's.
+    const KEYS: usize;
+    /// Rows of values that a step has.
+    const ROWS: usize;
+
+    /// # Safety
+    /// `p` points to the keys of a step.
+    unsafe fn keys(p: *const Self::Number) -> P::Weights;
+
+    /// 16 dimensions of a step's values. `whole`: the last of its tokens is in the cache.
+    ///
+    /// # Safety
+    /// `p` points to as many values in rows of length `row`.
+    unsafe fn values(p: *const Self::Number, row: usize, whole: bool) -> P::Weights;
+
+    /// Writes 16 tokens' keys and values, of which `valid` are in the cache, as `[step][16]` and
+    /// `[step][padded]` words; what is behind a row stays.
+    ///
+    /// # Safety
+    /// The pointers are those of a page.
+    unsafe fn widen(
+        page: (*const Self::Number, *const Self::Number),
+        dim: usize,
+        valid: usize,
+        to: (&mut [u32], &mut [u32], usize),
+    );
+}
+
+/// Numbers that load as f32.
+pub(super) struct Numbers<E>(PhantomData<E>);
+
+impl<L: Lanes, E: Element> Pages<Exact<L>> for Numbers<E> {
+    type Number = E;
+    const KEYS: usize = LANES;
+    const ROWS: usize = 1;
+
+    #[inline(always)]
+    unsafe fn keys(p: *const E) -> L {
+        // SAFETY: the caller's contract.
+        unsafe { E::load(p) }
+    }
+    #[inline(always)]
+    unsafe fn values(p: *const E, _: usize, _: bool) -> L {
+        // SAFETY: the caller's contract.
+        unsafe { E::load(p) }
+    }
+    #[inline(always)]
+    unsafe fn widen(
+        (from_keys, from_values): (*const E, *const E),
+        dim: usize,
+        _: usize,
+        (keys, values, padded): (&mut [u32], &mut [u32], usize),
+    ) {
+        // SAFETY: a page holds 16 * dim keys and as many values.
+        unsafe {
+            for (d, keys) in keys.chunks_exact_mut(LANES).enumerate() {
+                E::load::<L>(from_keys.add(d * LANES)).store(keys.as_mut_ptr().cast());
+            }
+            for (token, values) in values.chunks_exact_mut(padded).enumerate() {
+                widen_row::<L, E>(from_values.add(token * dim), &mut values[..dim]);
+            }
+        }
+    }
+}
+
+/// # Safety
+/// `from` is valid for reads of `to.len()` numbers.
+#[inline(always)]
+unsafe fn widen_row<L: Lanes, E: Element>(from: *const E, to: &mut [u32]) {
+    let whole = to.len() / LANES * LANES;
+    // SAFETY: the caller's contract.
+    unsafe {
+        for i in (0..whole).step_by(LANES) {
+            E::load::<L>(from.add(i)).store(to[i..i + LANES].as_mut_ptr().cast());
+        }
+        for (i, to) in to.iter_mut().enumerate().skip(whole) {
+            *to = from.add(i).read().widen().to_bits();
+        }
+    }
+}
+
+/// bf16 that is paired when it is read. Rows are whole vectors.
+#[cfg(target_arch = "x86_64")]
+pub(super) struct Halves;
+
+#[cfg(target_arch = "x86_64")]
+impl Pages<PairProduct> for Halves {
+    type Number = bf16;
+    const KEYS: usize = 2 * LANES;
+    const ROWS: usize = 2;
+
+    #[inline(always)]
+    unsafe fn keys(p: *const bf16) -> Pairs {
+        // SAFETY: the caller's contract.
+        unsafe { Pairs::interleave(p, p.add(LANES)) }
+    }
+    #[inline(always)]
+    unsafe fn values(p: *const bf16, row: usize, whole: bool) -> Pairs {
+        let second = if whole { p.wrapping_add(row) } else { std::ptr::null() };
+        // SAFETY: the caller's contract.
+        unsafe { Pairs::interleave(p, second) }
+    }
+    #[inline(always)]
+    unsafe fn widen(
+        (from_keys, from_values): (*const bf16, *const bf16),
+        dim: usize,
+        valid: usize,
+        (keys, values, padded): (&mut [u32], &mut [u32], usize),
+    ) {
+        // SAFETY: a page holds 16 * dim keys and as many values.
+        unsafe {
+            for (step, keys) in keys.chunks_exact_mut(LANES).enumerate() {
+                Self::keys(from_keys.add(step * Self::KEYS)).store(keys.as_mut_ptr().cast());
+            }
+            for (step, values) in values.chunks_exact_mut(padded).enumerate() {
+                for (i, values) in values[..dim].chunks_exact_mut(LANES).enumerate() {
+                    let from = from_values.add(2 * step * dim + i * LANES);
+                    let pairs = Self::values(from, dim, 2 * step + 1 < valid);
+                    pairs.store(values.as_mut_ptr().cast());
+                }
+            }
+        }
+    }
+}
+
+/// Words of a [`Scratch`].
+pub(super) struct Widened;
+
+impl<L: Lanes> Pages<Exact<L>> for Widened {
+    type Number = u32;
+    const KEYS: usize = LANES;
+    const ROWS: usize = 1;
+
+    #[inline(always)]
+    unsafe fn keys(p: *const u32) -> L {
+        // SAFETY: the caller's contract.
+        unsafe { L::load(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn values(p: *const u32, _: usize, _: bool) -> L {
+        // SAFETY: the caller's contract.
+        unsafe { L::load(p.cast()) }
+    }
+    unsafe fn widen(
+        _: (*const u32, *const u32),
+        _: usize,
+        _: usize,
+        _: (&mut [u32], &mut [u32], usize),
+    ) {
+        unreachable!("they are wide")
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Pages<PairProduct> for Widened {
+    type Number = u32;
+    const KEYS: usize = LANES;
+    const ROWS: usize = 1;
+
+    #[inline(always)]
+    unsafe fn keys(p: *const u32) -> Pairs {
+        // SAFETY: the caller's contract.
+        unsafe { Pairs::load(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn values(p: *const u32, _: usize, _: bool) -> Pairs {
+        // SAFETY: the caller's contract.
+        unsafe { Pairs::load(p.cast()) }
+    }
+    unsafe fn widen(
+        _: (*const u32, *const u32),
+        _: usize,
+        _: usize,
+        _: (&mut [u32], &mut [u32], usize),
+    ) {
+        unreachable!("they are wide")
+    }
+}
+
+/// Room for the words of a tile.
+pub(super) struct Scratch(Vec<u32>);
+
+impl Scratch {
+    /// For keys of `dim` and values of `padded` numbers; `padded` is 0 where nothing is widened.
+    pub(super) fn new(dim: usize, padded: usize) -> Self {
+        Self(vec![0; PAGES * BLOCK_SIZE * if padded == 0 { 0 } else { dim + padded }])
+    }
+
+    /// Widens the pages; rows of values become `padded` long, the padding is zero.
+    #[inline(always)]
+    pub(super) fn widen<P: Product, D: Pages<P>>(
+        &mut self,
+        tile: &Tile<D::Number>,
+        padded: usize,
+    ) -> Tile<u32> {
+        let dim = tile.row;
+        let (keys_len, values_len) = (BLOCK_SIZE * dim / P::STEP, BLOCK_SIZE / P::STEP * padded);
+        let (all_keys, all_values) = self.0.split_at_mut(PAGES * keys_len);
+        let mut pages = [(std::ptr::null(), std::ptr::null()); PAGES];
+        for (i, &page) in tile.pages.iter().enumerate() {
+            let keys = &mut all_keys[i * keys_len..][..keys_len];
+            let values = &mut all_values[i * values_len..][..values_len];
+            let valid = tile.valid.saturating_sub(i * BLOCK_SIZE);
+            pages[i] = (keys.as_ptr(), values.as_ptr());
+            // SAFETY: the tile's pages are whole.
+            unsafe { D::widen(page, dim, valid, (keys, values, padded)) }
+        }
+        Tile { start: tile.start, valid: tile.valid, pages, row: padded }
+    }
+}

@@ -1,0 +1,133 @@
+//! How numbers multiply: f32 with f32, or pairs of bf16 with pairs of bf16; and kernels that come in both.
+#![allow(unsafe_code)] // Activations are read through raw pointers.
+
+use std::marker::PhantomData;
+
+use super::Arithmetic;
+#[cfg(target_arch = "x86_64")]
+use super::lanes::LANES;
+use super::lanes::Lanes;
+use super::tier::{Kernel, Tier};
+#[cfg(target_arch = "x86_64")]
+use super::x86::{Avx512, Pairs};
+
+/// How weights and activations multiply. Activations are 32-bit words, one per step.
+pub(super) trait Product {
+    type L: Lanes;
+    /// Weights of a tile's 16 rows at one step.
+    type Weights: Copy;
+    /// An activation, in all lanes.
+    type X: Copy;
+    /// `k` per step.
+    const STEP: usize;
+
+    /// # Safety
+    /// `p` is valid for a read.
+    unsafe fn broadcast(p: *const u32) -> Self::X;
+    fn multiply(weights: Self::Weights, x: Self::X, sum: Self::L) -> Self::L;
+    /// Words whose sum stands for a number where rounding to one is too coarse.
+    const PARTS: usize;
+    /// Takes away from each number what [`Self::pack`] keeps of it.
+    fn subtract(x: &mut [[f32; 32]], packed: &[[f32; 32]]);
+    /// Turns consecutive numbers into the words of consecutive steps, in place.
+    fn pack(x: &mut [[f32; 32]]);
+}
+
+/// f32 weights times f32 activations.
+pub(super) struct Exact<L>(PhantomData<L>);
+
+impl<L: Lanes> Product for Exact<L> {
+    type L = L;
+    type Weights = L;
+    type X = L;
+    const STEP: usize = 1;
+
+    #[inline(always)]
+    unsafe fn broadcast(p: *const u32) -> L {
+        // SAFETY: the caller's contract.
+        L::splat(f32::from_bits(unsafe { *p }))
+    }
+    #[inline(always)]
+    fn multiply(weights: L, x: L, sum: L) -> L {
+        weights.fma(x, sum)
+    }
+    const PARTS: usize = 1;
+    #[inline(always)]
+    fn subtract(_: &mut [[f32; 32]], _: &[[f32; 32]]) {}
+    #[inline(always)]
+    fn pack(_: &mut [[f32; 32]]) {}
+}
+
+/// Pairs of bf16 times pairs of bf16, summed in f32.
+#[cfg(target_arch = "x86_64")]
+pub(super) struct PairProduct;
+
+#[cfg(target_arch = "x86_64")]
+impl Product for PairProduct {
+    type L = Avx512;
+    type Weights = Pairs;
+    type X = Pairs;
+    const STEP: usize = 2;
+
+    #[inline(always)]
+    unsafe fn broadcast(p: *const u32) -> Pairs {
+        // SAFETY: the caller's contract.
+        unsafe { Pairs::broadcast(p) }
+    }
+    #[inline(always)]
+    fn multiply(weights: Pairs, x: Pairs, sum: Avx512) -> Avx512 {
+        weights.dot(x, sum)
+    }
+    const PARTS: usize = 2;
+    #[inline(always)]
+    fn subtract(x: &mut [[f32; 32]], packed: &[[f32; 32]]) {
+        let kept = packed.as_ptr().cast::<half::bf16>();
+        for (i, x) in x.as_flattened_mut().chunks_exact_mut(LANES).enumerate() {
+            // SAFETY: `packed` has a bf16 for each number in its first half.
+            unsafe {
+                let rest = Avx512::load(x.as_ptr()).sub(Avx512::load_bf16(kept.add(i * LANES)));
+                rest.store(x.as_mut_ptr());
+            }
+        }
+    }
+    #[inline(always)]
+    fn pack(x: &mut [[f32; 32]]) {
+        let to = x.as_mut_ptr().cast::<u32>();
+        for i in 0..x.len() {
+            // SAFETY: reads 32 numbers, and writes 16 words where numbers have been read.
+            unsafe { Pairs::round(x.as_ptr().add(i).cast(), to.add(16 * i)) }
+        }
+    }
+}
+
+/// A kernel that comes in two arithmetics.
+pub(super) trait ProductKernel {
+    fn exact<L: Lanes>(self);
+    #[cfg(target_arch = "x86_64")]
+    fn pairs(self);
+}
+
+/// Runs `kernel` with the instructions of the tier.
+pub(super) fn run<K: ProductKernel>(tier: Tier, arithmetic: Arithmetic, kernel: K) {
+    struct ExactKernel<K>(K);
+    impl<K: ProductKernel> Kernel for ExactKernel<K> {
+        #[inline(always)]
+        fn run<L: Lanes>(self) {
+            self.0.exact::<L>();
+        }
+    }
+    match arithmetic {
+        Arithmetic::Exact => tier.run(ExactKernel(kernel)),
+        // SAFETY: `Cpu::arithmetic` chooses pairs only in the tier that has the instruction.
+        #[cfg(target_arch = "x86_64")]
+        Arithmetic::Pairs => unsafe { run_pairs(kernel) },
+        #[cfg(not(target_arch = "x86_64"))]
+        Arithmetic::Pairs => unreachable!("`Cpu::arithmetic` never chooses pairs here"),
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
+fn run_pairs<K: ProductKernel>(kernel: K) {
+    kernel.pairs();
+}
