@@ -1,6 +1,6 @@
 """Checks a CUDA wheel: no CUDA library is needed to import it, and it is not too large.
 
-    python tests/check_cuda_wheel.py WHEEL
+python tests/check_cuda_wheel.py WHEEL
 """
 
 import re

@@ -17,7 +17,7 @@ from astrai_rs.model import embedded_model
 from conftest import assert_idle
 from serving import serving
 
-QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+QUESTION = [{"role": "user", "content": "Explain why the sky is blue."}]
 GREEDY = {"temperature": 0}
 """Anthropic's client has no argument for it any more."""
 SCHEMA = {
@@ -78,8 +78,8 @@ def test_messages(claude, answer, engine):
 def test_messages_with_system_and_blocks(claude, engine):
     messages = [{"role": "system", "content": "Be brief."}, *QUESTION]
     expected = engine.chat(messages, SamplingParams(temperature=0, max_tokens=8)).text
-    blocks = [{"type": "text", "text": "What is the capital", "cache_control": {"type": "ephemeral"}}]
-    blocks += [{"type": "text", "text": " of France?"}]
+    blocks = [{"type": "text", "text": "Explain why the sky", "cache_control": {"type": "ephemeral"}}]
+    blocks += [{"type": "text", "text": " is blue."}]
     reply = claude.messages.create(
         model="test",
         system=[{"type": "text", "text": "Be brief."}],

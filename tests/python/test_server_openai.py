@@ -16,7 +16,7 @@ from astrai_rs.model import embedded_model
 from conftest import assert_idle
 from serving import serving
 
-QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+QUESTION = [{"role": "user", "content": "Explain why the sky is blue."}]
 WEATHER = {
     "type": "function",
     "function": {
