@@ -100,16 +100,17 @@ wheel-cuda: $(VENV)/.ready $(CUDA_HOME)/bin/nvcc ## Build the release wheel for 
 	$(CUDA) $(BIN)/maturin build --release --features python,cuda --out dist/cuda
 	$(BIN)/python tests/check_cuda_wheel.py dist/cuda/*.whl
 
-# Rust programs that a machine without Rust runs: each is `target/…/deps/NAME-HASH`.
-PROGRAMS = sed -n 's/.*Executable .* (\(.*\))$$/\1/p' | while read -r file; do \
-	name=$$(basename $$file); strip -o $(KIT)/$${name%-*} $$file; done
+# Rust programs that a machine without Rust runs.
+PROGRAMS := test --release --features cuda --test cuda --test cuda_model --bench kernels --no-run
 
 kit-gpu: wheel-cuda ## Build what check-gpu needs on a machine without Rust and nvcc, into dist/gpu
 	rm -rf $(KIT)
 	mkdir -p $(KIT)
 	cp dist/cuda/*.whl $(KIT)
-	$(CUDA) cargo test --release --features cuda --test cuda --test cuda_model --no-run 2>&1 | $(PROGRAMS)
-	$(CUDA) cargo bench --features cuda --bench kernels --no-run 2>&1 | $(PROGRAMS)
+	$(CUDA) cargo $(PROGRAMS)
+	# Where they are: target/…/deps/NAME-HASH.
+	$(CUDA) cargo $(PROGRAMS) 2>&1 | sed -n 's/.*Executable .* (\(.*\))$$/\1/p' | while read -r program; do \
+		name=$$(basename $$program); strip -o $(KIT)/$${name%-*} $$program; done
 	ls -l $(KIT)
 
 $(KIT)/site: $(if $(wildcard $(KIT)/*.whl),,kit-gpu)

@@ -351,6 +351,7 @@ fn draw(bench: &mut Bench) {
                 top_p: 0.95,
                 min_p: 0.0,
                 uniform: 0.5,
+                logprobs,
             };
             let draws: Vec<_> = (0..*rows as u32).map(|row| (row, draw)).collect();
             bench.run(&format!("draw {name} {rows}"), Work::Bytes(rows * vocab * 4), || {
