@@ -10,8 +10,12 @@ CUDA_HOME ?= $(if $(wildcard /usr/local/cuda/bin/nvcc),/usr/local/cuda,$(TOOLKIT
 # candle's kernels for Ampere and newer; the version of the driver interface that is spoken.
 CUDA := CUDA_HOME=$(CUDA_HOME) NVCC=$(CUDA_HOME)/bin/nvcc CUDA_COMPUTE_CAP=80 CUDARC_CUDA_VERSION=13000
 
+# The wheel and programs that are taken to a machine with a GPU.
+KIT := dist/gpu
+
 .DEFAULT_GOAL := help
-.PHONY: help run test conformance ray docs test-rust test-python test-cuda lint lint-cuda fmt bench wheel wheel-cuda develop clean
+.PHONY: help run test conformance ray docs test-rust test-python test-cuda lint lint-cuda fmt bench wheel wheel-cuda \
+	kit-gpu test-gpu bench-gpu check-gpu develop clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -95,6 +99,32 @@ wheel: $(VENV)/.ready ## Build the release wheel into dist/
 wheel-cuda: $(VENV)/.ready $(CUDA_HOME)/bin/nvcc ## Build the release wheel for CPU and NVIDIA GPUs into dist/
 	$(CUDA) $(BIN)/maturin build --release --features python,cuda --out dist/cuda
 	$(BIN)/python tests/check_cuda_wheel.py dist/cuda/*.whl
+
+# Rust programs that a machine without Rust runs.
+PROGRAMS := test --release --features cuda --test cuda --test cuda_model --bench kernels --no-run
+
+kit-gpu: wheel-cuda ## Build what check-gpu needs on a machine without Rust and nvcc, into dist/gpu
+	rm -rf $(KIT)
+	mkdir -p $(KIT)
+	cp dist/cuda/*.whl $(KIT)
+	$(CUDA) cargo $(PROGRAMS)
+	# Where they are: target/…/deps/NAME-HASH.
+	$(CUDA) cargo $(PROGRAMS) 2>&1 | sed -n 's/.*Executable .* (\(.*\))$$/\1/p' | while read -r program; do \
+		name=$$(basename $$program); strip -o $(KIT)/$${name%-*} $$program; done
+	ls -l $(KIT)
+
+$(KIT)/site: $(if $(wildcard $(KIT)/*.whl),,kit-gpu)
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --target $@ $(KIT)/*.whl
+
+test-gpu: $(KIT)/site ## Kernels, golden models and the engine on an NVIDIA GPU
+	RUST_BACKTRACE=0 $(KIT)/cuda --test-threads=1
+	RUST_BACKTRACE=0 $(KIT)/cuda_model --test-threads=1
+	PYTHONPATH=$(KIT)/site $(PYTHON) -m pytest -q -rs -c tests/gpu/pytest.ini tests/gpu
+
+bench-gpu: $(KIT)/site ## Speed on an NVIDIA GPU beside its limits and transformers, into benches/results
+	PYTHONPATH=$(KIT)/site $(PYTHON) benches/gpu.py
+
+check-gpu: test-gpu bench-gpu ## Both; needs Python with numpy, pytest, torch and transformers, and a kit
 
 clean: ## Remove what the other targets made
 	rm -rf $(VENV) $(VENV)-conformance $(VENV)-ray $(VENV)-cuda dist site target

@@ -1,15 +1,19 @@
 //! Whole-model bench: prefill and decode of a model of SmolLM2-135M's shape, through the runner.
 //!
 //! `cargo bench --bench decode` measures random `Q4_1` weights; `-- FILE` measures a checkpoint.
-//! Prints tokens per second (median of 5) and ends with one JSON line.
+//! Prints tokens per second (median of 5; of 33 where a step is one token each), for one sequence also the
+//! rate at which weights and cache are read, as a fraction of what this machine's memory gives. Ends with
+//! one JSON line.
 
 #![allow(clippy::print_stdout, reason = "a bench reports to the terminal")]
+
+mod limits;
 
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use astrai_rs::backend::Backend;
+use astrai_rs::backend::{Backend, Heads};
 use astrai_rs::cache::block::BlockId;
 use astrai_rs::checkpoint::{self, Checkpoint};
 use astrai_rs::config::{BLOCK_SIZE, DType};
@@ -20,8 +24,8 @@ use astrai_rs::spec::{
 use astrai_rs::step::{Chunk, Forward, LogitRows, Step};
 use astrai_rs::weights::{Bytes, Encoding, StoredTensor, Weights};
 
-const CONTEXT: usize = 640;
-const BLOCKS: usize = CONTEXT / BLOCK_SIZE;
+/// Tokens that the cache holds.
+const CACHE_TOKENS: usize = 64 * 160;
 
 fn smollm2_spec() -> ModelSpec {
     let num_layers = 30;
@@ -29,7 +33,7 @@ fn smollm2_spec() -> ModelSpec {
         vocab_size: 49_152,
         hidden_size: 576,
         num_layers,
-        max_positions: 2048,
+        max_positions: 8448,
         norm_eps: 1e-5,
         rope: RopeSpec {
             theta: 100_000.0,
@@ -108,13 +112,14 @@ fn random_checkpoint() -> Checkpoint {
 /// Seconds that one step over `count` sequences takes, tokens `start..start + len` each.
 fn seconds(runner: &mut Runner, count: usize, start: usize, len: usize) -> f64 {
     let tokens: Vec<u32> = (0..len as u32).map(|id| id * 7 + 100).collect();
+    let blocks = (start + len).div_ceil(BLOCK_SIZE);
     let tables: Vec<Vec<BlockId>> = (0..count)
-        .map(|row| (0..BLOCKS).map(|block| BlockId((row * BLOCKS + block) as u32)).collect())
+        .map(|row| (0..blocks).map(|block| BlockId((row * blocks + block) as u32)).collect())
         .collect();
     let chunks = tables.iter().map(|table| Chunk {
         tokens: &tokens,
         start,
-        blocks: &table[..(start + len).div_ceil(BLOCK_SIZE)],
+        blocks: table,
         logits: LogitRows::Last,
     });
     let step = Step { chunks: chunks.collect() };
@@ -139,27 +144,52 @@ fn main() {
     };
     let backend = Backend::cpu(None, DType::Auto).expect("cpu");
     let (tier, threads) = (backend.tier(), backend.num_threads());
+    let spec = &checkpoint.spec;
+    let heads = Heads {
+        num_heads: spec.attention.num_heads,
+        num_kv_heads: spec.attention.num_kv_heads,
+        head_dim: spec.attention.head_dim,
+    };
+    let token_bytes = spec.num_layers * backend.kv_bytes_per_token(heads);
+    let weight_bytes = read_in_a_step(&checkpoint);
+    let limits = limits::Limits::measure(&backend);
+    limits.print();
     let begin = Instant::now();
     let request = CapacityRequest {
-        kv_cache_tokens: Some(32 * CONTEXT),
-        max_num_seqs: 32,
+        kv_cache_tokens: Some(CACHE_TOKENS),
+        max_num_seqs: 64,
         ..Default::default()
     };
     let (mut runner, _) = Runner::load(checkpoint, backend, &request).expect("fits");
     let load = begin.elapsed().as_secs_f64();
     let name = file.as_deref().unwrap_or("random Q4_1 of SmolLM2-135M's shape");
     println!("{name}: {tier}, {threads} threads, packed in {load:.3} s");
-    let mut figures = Vec::new();
-    for (label, count, start, len) in [
-        ("prefill 512", 1, 0, 512),
-        ("decode batch 1, context 64", 1, 64, 1),
-        ("decode batch 1, context 600", 1, 600, 1),
-        ("decode batch 8, context 128", 8, 128, 1),
-        ("decode batch 32, context 128", 32, 128, 1),
-    ] {
+    let prefills = [512, 2048, 4096].map(|len| (format!("prefill {len}"), 1, 0, len));
+    let batches = [1, 2, 4, 8, 16, 32, 64]
+        .map(|count| (format!("decode batch {count}, context 128"), count, 128, 1));
+    let contexts = [512, 1024, 2048, 4096, 8192]
+        .map(|start| (format!("decode batch 1, context {start}"), 1, start, 1));
+    let mut figures = serde_json::Map::new();
+    for (label, count, start, len) in prefills.into_iter().chain(batches).chain(contexts) {
         let rate = rate(&mut runner, count, start, len);
-        println!("{label:32} {rate:9.1} tok/s");
-        figures.push(format!("\"{label}\": {rate:.1}"));
+        let share = rate * (weight_bytes + start * token_bytes) as f64 * 1e-9 / limits.memory;
+        let note = if (count, len) == (1, 1) {
+            format!("  {share:.2} of the memory's rate")
+        } else {
+            String::new()
+        };
+        println!("{label:32} {rate:9.1} tok/s{note}");
+        figures.insert(label, rate.into());
     }
-    println!("{{\"tier\": \"{tier}\", \"threads\": {threads}, {}}}", figures.join(", "));
+    println!("{}", serde_json::json!({"tier": tier, "threads": threads, "tokens_per_s": figures}));
+}
+
+/// Bytes of the weights that a decode step reads: of an embedding of its own only a row.
+fn read_in_a_step(checkpoint: &Checkpoint) -> usize {
+    let tied = checkpoint.spec.tie_embeddings;
+    let read = checkpoint.weights.iter().filter(|(name, _)| tied || *name != "embed.weight");
+    let bytes = read.map(|(_, tensor)| {
+        tensor.encoding.bytes_for(tensor.rows() * tensor.cols()).expect("whole blocks")
+    });
+    bytes.sum()
 }

@@ -2,10 +2,11 @@
 
     python benches/peers.py --model FILE.gguf --llama-bin DIR [--threads 2] [--rounds 5] [--tests decode]
 
-Tests: ``decode`` (128 tokens after a 1-token prompt), ``prefill`` (512 tokens) against ``llama-bench``;
-``batch`` (32 requests of 128 tokens in, 64 out) against ``llama-batched-bench``. Token ids are random,
-sampling is greedy, the prefix cache is cleared before each measurement. Prints tokens per second of both
-(medians), their ratio, and ends with one JSON line.
+Against ``llama-bench``: ``decode`` (128 tokens after a 1-token prompt), ``decode_4096`` (64 tokens after
+4,096), ``prefill`` (512 tokens), ``prefill_4096``; against ``llama-batched-bench``: ``batch`` (32 requests of
+128 tokens in, 64 out, in output tokens per second of the whole). Token ids are random, sampling is greedy,
+prompts are computed anew in each measurement. Prints tokens per second of both (medians), the median of their
+ratios, and ends with one JSON line.
 """
 
 import argparse
@@ -21,9 +22,10 @@ from pathlib import Path
 
 from astrai_rs import Engine, SamplingParams
 
-DECODE_TOKENS = 128
-PREFILL_TOKENS = 512
+DECODE_TOKENS, LONG_DECODE_TOKENS = 128, 64
+PREFILL_TOKENS, LONG_TOKENS = 512, 4096
 BATCH, BATCH_IN, BATCH_OUT = 32, 128, 64
+TESTS = ["decode", "decode_4096", "prefill", "prefill_4096", "batch"]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -36,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tests", default="decode,prefill,batch")
+    parser.add_argument("--tests", default=",".join(TESTS))
     parser.add_argument("--dtype", default="auto")
     return parser.parse_args()
 
@@ -63,12 +65,23 @@ class Ours:
         prompt = [self.prompt(1)]
         return DECODE_TOKENS / (self.timed(prompt, DECODE_TOKENS + 1) - self.timed(prompt, 1))
 
+    def decode_4096(self) -> float:
+        prompt = [self.prompt(LONG_TOKENS)]
+        params = SamplingParams(max_tokens=LONG_DECODE_TOKENS + 1, temperature=0, ignore_eos=True)
+        metrics = self.engine.generate(prompt, params)[0].metrics
+        assert metrics is not None
+        assert metrics.first_token_time is not None
+        return LONG_DECODE_TOKENS / (metrics.finished_time - metrics.first_token_time)
+
     def prefill(self) -> float:
         return PREFILL_TOKENS / self.timed([self.prompt(PREFILL_TOKENS)], 1)
 
+    def prefill_4096(self) -> float:
+        return LONG_TOKENS / self.timed([self.prompt(LONG_TOKENS)], 1)
+
     def batch(self) -> float:
         prompts = [self.prompt(BATCH_IN) for _ in range(BATCH)]
-        return BATCH * (BATCH_IN + BATCH_OUT) / self.timed(prompts, BATCH_OUT)
+        return BATCH * BATCH_OUT / self.timed(prompts, BATCH_OUT)
 
 
 class Llama:
@@ -87,14 +100,20 @@ class Llama:
     def decode(self) -> float:
         return self.bench("-p", "0", "-n", str(DECODE_TOKENS))
 
+    def decode_4096(self) -> float:
+        return self.bench("-p", "0", "-n", str(LONG_DECODE_TOKENS), "-d", str(LONG_TOKENS))
+
     def prefill(self) -> float:
         return self.bench("-p", str(PREFILL_TOKENS), "-n", "0")
+
+    def prefill_4096(self) -> float:
+        return self.bench("-p", str(LONG_TOKENS), "-n", "0")
 
     def batch(self) -> float:
         sizes = ["-npp", str(BATCH_IN), "-ntg", str(BATCH_OUT), "-npl", str(BATCH)]
         output = self.run("llama-batched-bench", "-c", "8192", "-b", "2048", "-ub", "512", *sizes)
         rows = [line.split("|") for line in output.splitlines() if line.startswith(f"| {BATCH_IN:>5}")]
-        return float(rows[0][10])
+        return BATCH * BATCH_OUT / float(rows[0][9])
 
 
 def alternate(ours: Callable[[], float], theirs: Callable[[], float], rounds: int) -> dict[str, float]:
@@ -113,7 +132,7 @@ def main() -> None:
     for test in arguments.tests.split(","):
         result = alternate(getattr(ours, test), getattr(llama, test), arguments.rounds)
         print(
-            f"{test:8} {result['ours']:>9} tok/s",
+            f"{test:12} {result['ours']:>9} tok/s",
             f"llama.cpp {result['llama.cpp']:>9} tok/s",
             f"{result['ratio']}x",
             sep="   ",

@@ -191,7 +191,7 @@ impl Sequence {
 
     /// Lets the device draw the next token, where its logits are needed for nothing else.
     pub(crate) fn plan_draw(&mut self) -> Result<()> {
-        if self.params.logprobs.is_some() || self.grammar.is_some() {
+        if self.grammar.is_some() {
             return Ok(());
         }
         let (row, state) = self.row(&[])?;

@@ -1,7 +1,7 @@
 //! What policy hands to tensors: a [`Step`] of packed [`Chunk`]s in, [`Logits`] out.
 
 use crate::cache::block::BlockId;
-use crate::draw::Draw;
+use crate::draw::{Draw, Drawn};
 use crate::error::Result;
 
 /// Which rows of a chunk need logits.
@@ -53,7 +53,7 @@ pub struct Logits {
     /// Width of a row.
     pub vocab_size: usize,
     /// For each [`LogitRows::Drawn`] the token; `None` where the logits hold NaN or infinity.
-    pub drawn: Vec<Option<u32>>,
+    pub drawn: Vec<Option<Drawn>>,
 }
 
 impl Logits {

@@ -26,6 +26,7 @@ const RULES: &[(&str, &[&str])] = &[
             "error",
             "config",
             "cache",
+            "draw",
             "engine",
             "grammar",
             "sampler",

@@ -51,7 +51,8 @@ fn random_requests(vocab: usize) -> Vec<(Vec<u32>, SamplingOptions)> {
             max_tokens: 1 + rng.below(8) as i64,
             temperature: [0.0, 0.8][rng.below(2)],
             seed: Some(seed),
-            logprobs: [None, Some(2)][rng.below(2)], // drawn by the device, and not
+            logprobs: [None, Some(2)][rng.below(2)],
+            presence_penalty: [0.0, 0.5][rng.below(2)], // drawn by the device, and not
             ..SamplingOptions::default()
         };
         (prompt, options)

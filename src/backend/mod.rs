@@ -22,7 +22,7 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 
 use crate::cache::block::BlockId;
-use crate::draw::Draw;
+use crate::draw::{Draw, Drawn};
 use crate::error::{Error, Result};
 use crate::spec::{Activation, QkNorm, RopePairing};
 use crate::weights::StoredTensor;
@@ -385,7 +385,7 @@ impl Backend {
 
     /// A token for each row of `logits` `[rows, vocab]` and draw, as [`crate::sampler`] has it; `None`
     /// where the logits hold NaN or infinity.
-    pub fn draw(&self, logits: &Tensor, draws: &[(u32, Draw)]) -> Result<Vec<Option<u32>>> {
+    pub fn draw(&self, logits: &Tensor, draws: &[(u32, Draw)]) -> Result<Vec<Option<Drawn>>> {
         let rows = check::rows("logits", logits, None, F32)?;
         if let Some((row, _)) = draws.iter().find(|&&(row, _)| row as usize >= rows) {
             return Err(Error::bug(format!("rows must be below {rows}; given: {row}")));

@@ -13,6 +13,7 @@ use std::time::Instant;
 use stats::Stats;
 
 use crate::config::EngineConfig;
+use crate::draw::Drawn;
 use crate::error::{Error, ErrorKind, Result};
 use crate::grammar::{Grammar, MaskWorker};
 use crate::sampler::philox::derive_seed;
@@ -283,13 +284,15 @@ impl<F: Forward> Engine<F> {
             )));
         }
         let (mut first, mut poisoned) = (0, false);
-        let mut drawn = logits.drawn.iter();
+        let mut drawn = logits.drawn.iter().cloned();
         for sequence in self.scheduler.running_mut() {
             let Some(planned) = sequence.planned.take() else { continue };
             let rows = Rows { logits, first, planned };
             first += planned.num_rows();
             let next = if let LogitRows::Drawn(_) = planned.rows {
-                drawn_by_device(drawn.next()).map(Some)
+                let drawn =
+                    drawn.next().ok_or_else(|| Error::bug("the device drew too few tokens"));
+                drawn.and_then(|drawn| drawn.ok_or_else(broken_logits)).map(Some)
             } else {
                 rows.next(sequence, &mut self.sampler)
             };
@@ -300,7 +303,7 @@ impl<F: Forward> Engine<F> {
                     if sequence.num_output() == 0 {
                         self.counters.prompt_tokens += sequence.num_prompt() as u64;
                     }
-                    drawn.into_event(sequence, &self.config.eos_token_ids, limit, now)
+                    Event::next(drawn, sequence, &self.config.eos_token_ids, limit, now)
                 }
                 Err(error) => {
                     poisoned |= error.kind() == ErrorKind::Bug;
@@ -317,23 +320,11 @@ impl<F: Forward> Engine<F> {
     }
 }
 
-/// A token of [`Logits::drawn`].
-fn drawn_by_device(token: Option<&Option<u32>>) -> Result<Drawn> {
-    let token = token.ok_or_else(|| Error::bug("the device drew too few tokens"))?;
-    Ok(Drawn { token: token.ok_or_else(broken_logits)?, logprobs: None })
-}
-
 /// The rows of one chunk.
 struct Rows<'a> {
     logits: &'a Logits,
     first: usize,
     planned: Planned,
-}
-
-/// A sampled token with what goes with it.
-struct Drawn {
-    token: u32,
-    logprobs: Option<Vec<TokenLogprob>>,
 }
 
 impl Rows<'_> {
@@ -374,26 +365,25 @@ impl Rows<'_> {
     }
 }
 
-impl Drawn {
-    fn into_event(self, sequence: &mut Sequence, eos: &[u32], limit: usize, now: f64) -> Event {
+impl Event {
+    /// Gives `sequence` its next token.
+    fn next(drawn: Drawn, sequence: &mut Sequence, eos: &[u32], limit: usize, now: f64) -> Self {
         let is_first = sequence.num_output() == 0;
         sequence.metrics.first_token_time.get_or_insert(now);
-        let reason = sequence.push(self.token, eos, limit);
+        let reason = sequence.push(drawn.token, eos, limit);
         let mut event = match reason {
             // It was not taken: no token goes with the error.
             Some(reason @ FinishReason::Error(_)) => return last_event(sequence, reason, now),
             Some(reason) => last_event(sequence, reason, now),
-            None => Event::new(sequence.id()),
+            None => Self::new(sequence.id()),
         };
-        event.token_ids.push(self.token);
-        event.logprobs = self.logprobs.map(|list| vec![list]);
+        event.token_ids.push(drawn.token);
+        event.logprobs = drawn.logprobs.map(|list| vec![list]);
         event.num_cached_tokens = is_first.then_some(sequence.metrics.num_cached_tokens);
         event.prompt_logprobs = sequence.prompt_logprobs.take();
         event
     }
-}
 
-impl Event {
     fn new(id: SequenceId) -> Self {
         Self {
             id,

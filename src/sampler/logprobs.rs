@@ -1,43 +1,22 @@
-//! Log-probabilities: natural logarithms of the softmax of the raw logits.
+//! Log-probabilities of the tokens of a row of logits.
 
 use super::select;
+use crate::draw::{RowSummary, TokenLogprob};
 use crate::error::Result;
 
-/// One entry of a list of log-probabilities.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct TokenLogprob {
-    /// Token id.
-    pub id: u32,
-    /// Natural logarithm of its probability.
-    pub logprob: f32,
-    /// One more than the number of likelier ids; equal ids share a rank.
-    pub rank: u32,
-}
-
-/// `token` first, then the `top` likeliest other ids in order (ties by id).
-///
-/// If `token` is itself among the `top` likeliest it is listed only once, so the list has `top` or
-/// `top + 1` entries.
+/// The list of [`RowSummary::logprobs`] for `token` and the `top` likeliest ids.
 pub fn token_logprobs(logits: &[f32], token: u32, top: usize) -> Result<Vec<TokenLogprob>> {
     let max = super::row_max(logits)?;
-    let log_sum = select::sum_exp(logits, max).ln();
-    let entry = |id: u32, rank: u32| TokenLogprob {
-        id,
-        logprob: (f64::from(logits[id as usize]) - f64::from(max) - log_sum) as f32,
-        rank,
+    let logit = logits[token as usize];
+    let summary = RowSummary {
+        token,
+        logit,
+        above: select::count_above(logits, logit),
+        max,
+        sum_exp: select::sum_exp(logits, max),
+        top: select::top(logits, top).into_iter().map(|id| (id, logits[id as usize])).collect(),
     };
-    let mut list = vec![entry(token, select::count_above(logits, logits[token as usize]) + 1)];
-    let (mut rank, mut previous) = (1, f32::INFINITY);
-    for (place, id) in (1_u32..).zip(select::top(logits, top)) {
-        let value = logits[id as usize];
-        if value < previous {
-            (rank, previous) = (place, value);
-        }
-        if id != token {
-            list.push(entry(id, rank));
-        }
-    }
-    Ok(list)
+    Ok(summary.logprobs())
 }
 
 #[cfg(test)]

@@ -10,10 +10,11 @@ mod select;
 
 use std::collections::HashMap;
 
-pub use logprobs::{TokenLogprob, token_logprobs};
+pub use crate::draw::TokenLogprob;
+pub use logprobs::token_logprobs;
 pub use params::{GREEDY_BELOW, MAX_SAMPLES, SamplingOptions, SamplingParams};
 
-use crate::draw::Draw;
+use crate::draw::{Draw, MAX_DRAWN_LOGPROBS};
 use crate::error::{Error, Result};
 
 const FORBIDDEN: f32 = f32::NEG_INFINITY;
@@ -38,16 +39,19 @@ impl Row<'_> {
         &self.tokens[self.num_prompt..]
     }
 
-    /// How the token is drawn, whatever the logits are; `None` where they are changed first.
+    /// How the token is drawn, whatever the logits are; `None` where they are changed first, or wanted
+    /// themselves.
     #[must_use]
     pub fn draw(&self, state: &SampleState) -> Option<Draw> {
         let params = self.params;
-        self.is_plain().then(|| Draw {
+        let is_short = params.logprobs.is_none_or(|top| top <= MAX_DRAWN_LOGPROBS);
+        (self.is_plain() && is_short).then(|| Draw {
             inverse_temperature: params.inverse_temperature,
             top_k: params.top_k,
             top_p: params.top_p,
             min_p: params.min_p,
             uniform: philox::uniform(state.seed, state.sample, self.tokens.len()),
+            logprobs: params.logprobs,
         })
     }
 

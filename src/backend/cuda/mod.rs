@@ -5,6 +5,7 @@
 #![allow(unsafe_code)] // Launches, device memory and the driver's functions.
 
 mod batch;
+mod draw;
 mod driver;
 #[cfg(feature = "cuda-emulator")]
 pub mod emulator;

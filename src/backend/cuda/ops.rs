@@ -5,12 +5,11 @@ use candle_core::{DType, Tensor};
 use super::batch::Cut;
 use super::launch::{
     Address, Arguments, AttentionArgs, EmbeddingArgs, GateArgs, GatedActivationArgs, GatherArgs,
-    Grid, LinearArgs, RmsNormArgs, RopeArgs, SampleArgs,
+    Grid, LinearArgs, RmsNormArgs, RopeArgs,
 };
 use super::matrix::{Format, Matrix};
 use super::{Cuda, DeviceBatch, address};
 use crate::backend::{AttentionOp, Batch, Heads, LayerKv, RopeOp};
-use crate::draw::Draw;
 use crate::error::{Error, Result};
 use crate::spec::{QkNorm, RopePairing};
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
@@ -18,7 +17,6 @@ use half::bf16;
 
 const ROW_THREADS: u32 = 256;
 const ROPE_THREADS: u32 = 8 * 32;
-const SAMPLE_THREADS: u32 = 32 * 32;
 const ATTENTION_THREADS: u32 = 4 * 32;
 /// Rows of the weights that a block of `linear` takes, and rows of the input in a tensor-core tile.
 const TILE_OUTS: usize = 16;
@@ -46,7 +44,12 @@ impl Cuda {
         self.queue(&name.replace("{}", dtype), grid, args)
     }
 
-    fn queue<A: Arguments + DeviceRepr>(&self, name: &str, grid: Grid, args: A) -> Result<()> {
+    pub(super) fn queue<A: Arguments + DeviceRepr>(
+        &self,
+        name: &str,
+        grid: Grid,
+        args: A,
+    ) -> Result<()> {
         if grid.blocks.0 == 0 || grid.blocks.1 == 0 {
             return Ok(());
         }
@@ -215,26 +218,6 @@ impl Cuda {
         Ok(out)
     }
 
-    /// A token for each row and draw; `None` where a logit is no number.
-    pub(in crate::backend) fn draw(
-        &self,
-        logits: &Tensor,
-        draws: &[(u32, Draw)],
-    ) -> Result<Vec<Option<u32>>> {
-        let tokens = self.empty(draws.len(), DType::U32)?;
-        let words =
-            self.upload(draws.iter().flat_map(|(row, draw)| words_of(*row, draw)).collect())?;
-        let args = SampleArgs {
-            logits: address(logits)?,
-            draws: address(&words)?,
-            tokens: address(&tokens)?,
-            vocab: logits.dims()[1] as u32,
-        };
-        self.queue("sample", Grid::each(draws.len(), SAMPLE_THREADS), args)?;
-        let tokens = tokens.to_vec1::<u32>()?;
-        Ok(tokens.into_iter().map(|token| (token != u32::MAX).then_some(token)).collect())
-    }
-
     pub(in crate::backend) fn rope_and_cache(
         &self,
         qkv: &Tensor,
@@ -342,15 +325,6 @@ impl Cuda {
         };
         Cut { blocks_wanted, prefill_tiles }
     }
-}
-
-/// The kernel's `Draw`.
-fn words_of(row: u32, draw: &Draw) -> [u32; 8] {
-    let halves = |number: f64| [number.to_bits() as u32, (number.to_bits() >> 32) as u32];
-    let ([top_p, top_p_high], [uniform, uniform_high]) = (halves(draw.top_p), halves(draw.uniform));
-    let scale = draw.inverse_temperature.unwrap_or(0.0).to_bits();
-    let top_k = draw.top_k.unwrap_or(0) as u32;
-    [row, top_k, scale, draw.min_p.to_bits(), top_p, top_p_high, uniform, uniform_high]
 }
 
 /// The batch in device memory.

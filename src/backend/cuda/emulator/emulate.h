@@ -221,9 +221,11 @@ inline V load_once(const V *address) {
     return *address;
 }
 
-inline void atomic_add(const Shared<unsigned long long> &to, int64_t i, unsigned long long x) {
+inline unsigned long long atomic_add(const Shared<unsigned long long> &to, int64_t i, unsigned long long x) {
     emulated::shared_access(to.address(i), sizeof x, emulated::Use::Atomic);
+    const unsigned long long before = *to.address(i);
     *to.address(i) += x;
+    return before;
 }
 
 inline void copy16_async(const Shared<uint4> &to, int64_t i, const void *from, bool inside) {

@@ -82,8 +82,9 @@ __device__ inline V load_once(const V *address) {
     return __ldcs(address);
 }
 
-__device__ inline void atomic_add(const Shared<unsigned long long> &to, int i, unsigned long long x) {
-    atomicAdd(to.address(i), x);
+// What was there before.
+__device__ inline unsigned long long atomic_add(const Shared<unsigned long long> &to, int i, unsigned long long x) {
+    return atomicAdd(to.address(i), x);
 }
 
 // Copies 16 aligned bytes of global memory to to[i], or zeros unless `inside`, while the thread goes on.

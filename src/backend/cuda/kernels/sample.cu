@@ -15,6 +15,21 @@ struct Draw {
     double top_p, uniform;
 };
 
+// What `score` finds: `top` ids and logits of the likeliest come after it, in any order.
+struct Score {
+    Mass sum;  // of the weights at temperature 1
+    float max, logit;
+    uint32_t above, token;  // logits that are larger than the token's
+};
+
+struct ScoreArgs {
+    const float *logits;     // [rows, vocab]
+    const uint32_t *asks;    // of the blocks: the row, the place of its token, how many of the likeliest
+    const uint32_t *tokens;
+    uint32_t *scores;        // of the blocks: `stride` words, a Score first
+    uint32_t vocab, stride;
+};
+
 struct SampleArgs {
     const float *logits;  // [rows, vocab]
     const Draw *draws;    // of the blocks
@@ -198,19 +213,23 @@ __device__ void pick(const float *logits, uint32_t vocab, const Kept &kept, doub
     }
 }
 
-KERNEL(sample, SampleArgs, SAMPLE_THREADS) {
+// The largest key, and of equal ones the first id; above them all where a logit is no number.
+__device__ Mass best_of(const float *logits, uint32_t vocab) {
     SHARED(Mass, room, SAMPLE_WARPS);
-    const Draw draw = args.draws[blockIdx.x];
-    const float *logits = args.logits + size_t(draw.row) * args.vocab;
-    uint32_t *token = args.tokens + blockIdx.x;
-    // The largest key, and of equal ones the first id; above them all where a logit is no number.
     Mass best = 0;
-    for (uint32_t id = threadIdx.x; id < args.vocab; id += SAMPLE_THREADS) {
+    for (uint32_t id = threadIdx.x; id < vocab; id += SAMPLE_THREADS) {
         const float logit = logits[id];
         const bool broken = !(fabsf(logit) <= 3.4028234e38f);
         best = max(best, broken ? ~Mass(0) : Mass(key_of(logit)) << 32 | (NO_TOKEN - id));
     }
-    best = block_max(best, room);
+    return block_max(best, room);
+}
+
+KERNEL(sample, SampleArgs, SAMPLE_THREADS) {
+    const Draw draw = args.draws[blockIdx.x];
+    const float *logits = args.logits + size_t(draw.row) * args.vocab;
+    uint32_t *token = args.tokens + blockIdx.x;
+    const Mass best = best_of(logits, args.vocab);
     const uint32_t likeliest = NO_TOKEN - uint32_t(best);
     if (best == ~Mass(0) || draw.scale == 0.0f) {
         if (threadIdx.x == 0) *token = best == ~Mass(0) ? NO_TOKEN : likeliest;
@@ -218,4 +237,58 @@ KERNEL(sample, SampleArgs, SAMPLE_THREADS) {
     }
     const Weights weights = {logit_of(uint32_t(best >> 32)), draw.scale};
     pick(logits, args.vocab, kept_of(logits, args.vocab, draw, weights), draw.uniform, token);
+}
+
+// Ids and logits of the `top` likeliest of at least that many; of equal ones the first by id.
+__device__ void list(const float *logits, uint32_t vocab, uint32_t top, uint32_t *out) {
+    SHARED(Mass, room, SAMPLE_WARPS);
+    SHARED(Mass, listed, 1);
+    const Threshold last = threshold(logits, vocab, top, [](float) { return Mass(1); });
+    if (threadIdx.x == 0) listed[0] = 0;
+    __syncthreads();
+    for (uint32_t id = threadIdx.x; id < vocab; id += SAMPLE_THREADS) {
+        if (key_of(logits[id]) <= last.key) continue;
+        const uint32_t place = uint32_t(atomic_add(listed, 0, 1));
+        out[2 * place] = id;
+        out[2 * place + 1] = __float_as_uint(logits[id]);
+    }
+    uint32_t next = 0;
+    for (uint32_t place = uint32_t(last.above); place < top; place++) {
+        Mass first = 0;  // larger for smaller ids
+        for (uint32_t id = next + threadIdx.x; id < vocab && !first; id += SAMPLE_THREADS)
+            if (key_of(logits[id]) == last.key) first = NO_TOKEN - id;
+        const uint32_t id = NO_TOKEN - uint32_t(block_max(first, room));
+        if (threadIdx.x == 0) {
+            out[2 * place] = id;
+            out[2 * place + 1] = __float_as_uint(logit_of(last.key));
+        }
+        next = id + 1;
+    }
+}
+
+KERNEL(score, ScoreArgs, SAMPLE_THREADS) {
+    SHARED(Mass, sums, 2);  // of weights, and larger logits
+    const uint32_t *ask = args.asks + 3 * blockIdx.x;
+    const uint32_t row = ask[0], token = args.tokens[ask[1]], top = ask[2];
+    if (token == NO_TOKEN) return;
+    const float *logits = args.logits + size_t(row) * args.vocab;
+    const Weights weights = {logit_of(uint32_t(best_of(logits, args.vocab) >> 32)), 1.0f};
+    if (threadIdx.x < 2) sums[threadIdx.x] = 0;
+    __syncthreads();
+    const float chosen = logits[token];
+    Mass sum = 0, above = 0;
+    for (uint32_t id = threadIdx.x; id < args.vocab; id += SAMPLE_THREADS) {
+        sum += weights.mass(logits[id]);
+        above += logits[id] > chosen;
+    }
+    sum = warp_total(sum);
+    above = warp_total(above);
+    if (threadIdx.x % WARP == 0) {
+        atomic_add(sums, 0, sum);
+        atomic_add(sums, 1, above);
+    }
+    __syncthreads();
+    uint32_t *score = args.scores + size_t(blockIdx.x) * args.stride;
+    if (threadIdx.x == 0) *reinterpret_cast<Score *>(score) = {sums[0], weights.max, chosen, uint32_t(sums[1]), token};
+    if (top) list(logits, args.vocab, top, score + sizeof(Score) / sizeof(uint32_t));
 }
