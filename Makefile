@@ -15,7 +15,7 @@ KIT := dist/gpu
 
 .DEFAULT_GOAL := help
 .PHONY: help run test conformance ray docs test-rust test-python test-cuda lint lint-cuda fmt bench wheel wheel-cuda \
-	kit-gpu test-gpu bench-gpu check-gpu develop clean
+	kit-gpu test-gpu sanitize-gpu bench-gpu check-gpu develop clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -111,20 +111,30 @@ kit-gpu: wheel-cuda ## Build what check-gpu needs on a machine without Rust and 
 	# Where they are: target/…/deps/NAME-HASH.
 	$(CUDA) cargo $(PROGRAMS) 2>&1 | sed -n 's/.*Executable .* (\(.*\))$$/\1/p' | while read -r program; do \
 		name=$$(basename $$program); strip -o $(KIT)/$${name%-*} $$program; done
-	ls -l $(KIT)
+	# What travels to the machine.
+	tar -cJf $(KIT).tar.xz -C dist gpu
+	ls -l $(KIT) $(KIT).tar.xz
 
-$(KIT)/site: $(if $(wildcard $(KIT)/*.whl),,kit-gpu)
+$(KIT)/site: $(if $(wildcard $(KIT)/*.whl $(KIT).tar.xz),,kit-gpu)
+	if [ ! -e $(KIT)/cuda ]; then tar -xJf $(KIT).tar.xz -C dist; fi
 	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --target $@ $(KIT)/*.whl
 
+# Goes on after a failure: a GPU is rarely at hand.
 test-gpu: $(KIT)/site ## Kernels, golden models and the engine on an NVIDIA GPU
-	RUST_BACKTRACE=0 $(KIT)/cuda --test-threads=1
-	RUST_BACKTRACE=0 $(KIT)/cuda_model --test-threads=1
-	PYTHONPATH=$(KIT)/site $(PYTHON) -m pytest -q -rs -c tests/gpu/pytest.ini tests/gpu
+	failed=0; export RUST_BACKTRACE=0 PYTHONPATH=$(KIT)/site; \
+	$(KIT)/cuda --test-threads=1 || failed=1; \
+	$(KIT)/cuda_model --test-threads=1 || failed=1; \
+	$(PYTHON) -m pytest -q -rs -c tests/gpu/pytest.ini tests/gpu/test_engine.py || failed=1; \
+	exit $$failed
 
-bench-gpu: $(KIT)/site ## Speed on an NVIDIA GPU beside its limits and transformers, into benches/results
-	PYTHONPATH=$(KIT)/site $(PYTHON) benches/gpu.py
+sanitize-gpu: $(KIT)/site ## NVIDIA's compute-sanitizer on the kernels
+	$(PYTHON) -m pytest -q -rs -c tests/gpu/pytest.ini tests/gpu/test_sanitizer.py
 
-check-gpu: test-gpu bench-gpu ## Both; needs Python with numpy, pytest, torch and transformers, and a kit
+PARTS ?= limits,kernels,start,decode,prefill,recipe,static,load
+bench-gpu: $(KIT)/site ## Speed on an NVIDIA GPU beside its limits and transformers, into benches/results (PARTS=…)
+	PYTHONPATH=$(KIT)/site $(PYTHON) benches/gpu.py --parts $(PARTS)
+
+check-gpu: test-gpu sanitize-gpu bench-gpu ## All three (half an hour); needs Python with numpy, pytest, torch and transformers, and a kit
 
 clean: ## Remove what the other targets made
 	rm -rf $(VENV) $(VENV)-conformance $(VENV)-ray $(VENV)-cuda dist site target

@@ -73,6 +73,8 @@ fn compile_emulator() {
         // Numbers are read as bytes and bytes as numbers, and products are rounded as they are written.
         .flags(["-fno-strict-aliasing", "-ffp-contract=off", "-Wno-unknown-pragmas"])
         .flag("-U_FORTIFY_SOURCE")
+        // A GPU reads and writes numbers only at multiples of their size. What is elsewhere traps.
+        .flags(["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"])
         .file("src/backend/cuda/emulator/unit.cpp")
         .compile("emulator");
 }

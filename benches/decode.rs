@@ -21,7 +21,7 @@ use astrai_rs::runner::{CapacityRequest, Runner};
 use astrai_rs::spec::{
     Activation, AttentionSpec, MlpSpec, ModelSpec, QkNorm, RopePairing, RopeScaling, RopeSpec,
 };
-use astrai_rs::step::{Chunk, Forward, LogitRows, Step};
+use astrai_rs::step::{Chunk, ChunkTokens, Forward, LogitRows, Outcome, Step};
 use astrai_rs::weights::{Bytes, Encoding, StoredTensor, Weights};
 
 /// Tokens that the cache holds.
@@ -117,14 +117,14 @@ fn seconds(runner: &mut Runner, count: usize, start: usize, len: usize) -> f64 {
         .map(|row| (0..blocks).map(|block| BlockId((row * blocks + block) as u32)).collect())
         .collect();
     let chunks = tables.iter().map(|table| Chunk {
-        tokens: &tokens,
+        tokens: ChunkTokens::Known(&tokens),
         start,
         blocks: table,
         logits: LogitRows::Last,
     });
     let step = Step { chunks: chunks.collect() };
     let begin = Instant::now();
-    runner.forward(&step, &|| ()).expect("forward");
+    runner.forward(&step, &|| ()).and_then(Outcome::wait).expect("forward");
     begin.elapsed().as_secs_f64()
 }
 

@@ -12,7 +12,9 @@ use std::hint::black_box;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use astrai_rs::backend::{AttentionOp, Backend, Batch, Heads, LayerKv, Linear, RopeOp, Run};
+use astrai_rs::backend::{
+    AttentionOp, Backend, Batch, Heads, LayerKv, Linear, PendingDraws, RopeOp, Run,
+};
 use astrai_rs::cache::block::BlockId;
 use astrai_rs::config;
 use astrai_rs::draw::Draw;
@@ -355,7 +357,9 @@ fn draw(bench: &mut Bench) {
             };
             let draws: Vec<_> = (0..*rows as u32).map(|row| (row, draw)).collect();
             bench.run(&format!("draw {name} {rows}"), Work::Bytes(rows * vocab * 4), || {
-                black_box(backend.draw(&logits, &draws).expect("draws"));
+                black_box(
+                    backend.draw(&logits, &draws).and_then(PendingDraws::wait).expect("draws"),
+                );
             });
         }
     }

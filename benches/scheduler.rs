@@ -12,7 +12,7 @@ use astrai_rs::error::Result;
 use astrai_rs::sampler::{
     Row, SampleState, Sampler, SamplingOptions, SamplingParams, token_logprobs,
 };
-use astrai_rs::step::{Forward, LogitRows, Logits, Step};
+use astrai_rs::step::{Forward, LogitRows, Logits, Outcome, Step};
 
 const SEQUENCES: usize = 256;
 const VOCAB: usize = 49_152;
@@ -90,9 +90,10 @@ fn row_us(logits: &[f32], options: &SamplingOptions) -> f64 {
 struct Free;
 
 impl Forward for Free {
-    fn forward(&mut self, step: &Step<'_>, _beat: &dyn Fn()) -> Result<Logits> {
+    fn forward(&mut self, step: &Step<'_>, _beat: &dyn Fn()) -> Result<Outcome> {
         let rows = step.chunks.iter().filter(|chunk| chunk.logits != LogitRows::None).count();
-        Ok(Logits { values: vec![0.0; rows * 2], vocab_size: 2, drawn: Vec::new() })
+        let values = vec![0.0; rows * 2];
+        Ok(Outcome::Ready(Logits { values, vocab_size: 2, drawn: Vec::new() }))
     }
 }
 

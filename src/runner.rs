@@ -1,13 +1,18 @@
 //! [`Runner`]: a [`Step`] → packed batch → [`Decoder`] → logits rows.
 
-use crate::backend::{Backend, Batch, CacheBudget, DecodeGraphs, Heads, Run};
+use candle_core::Tensor;
+
+use crate::backend::{
+    Backend, Batch, CacheBudget, DecodeGraphs, DrawnTokens, Heads, PendingDraws, Run,
+};
 use crate::cache::pool::KvPool;
 use crate::checkpoint::Checkpoint;
 use crate::config::BLOCK_SIZE;
 use crate::decoder::Decoder;
+use crate::draw::Draw;
 use crate::error::{Error, ErrorKind, Result};
 use crate::spec::ModelSpec;
-use crate::step::{Chunk, Forward, LogitRows, Logits, Step};
+use crate::step::{Chunk, ChunkTokens, Forward, LogitRows, Logits, Outcome, Running, Step};
 
 /// Share of a GPU's memory that an engine takes when the caller names none.
 const GPU_MEMORY_UTILIZATION: f64 = 0.9;
@@ -94,6 +99,8 @@ pub struct Runner {
     decoder: Decoder,
     kv: KvPool,
     graphs: Option<DecodeGraphs>,
+    /// What the last step has drawn, or is about to.
+    drawn: Option<DrawnTokens>,
     backend: Backend,
     heads: Heads,
     /// Of all layers.
@@ -119,7 +126,8 @@ impl Runner {
             request.gpu_memory_utilization.unwrap_or(GPU_MEMORY_UTILIZATION),
             weights.sizes(),
             request.max_num_batched_tokens * spec.activations_per_token()
-                + request.max_num_seqs * 2 * spec.vocab_size,
+                // Logits of a step and changed ones; those that a GPU's graphs keep are as many again.
+                + request.max_num_seqs * 4 * spec.vocab_size,
         )?;
         let capacity = request.resolve(&spec, bytes_per_token, budget)?;
         let max_positions = capacity.max_model_len.min(capacity.num_blocks * BLOCK_SIZE + 1);
@@ -128,57 +136,121 @@ impl Runner {
         let (windows, vocab_size) = (spec.attention.windows, spec.vocab_size);
         let largest = (request.max_num_seqs, capacity.max_model_len);
         let graphs = backend.decode_graphs(heads, &windows, largest)?;
-        Ok((Self { decoder, kv, graphs, backend, heads, windows, vocab_size }, capacity))
+        let drawn = None;
+        Ok((Self { decoder, kv, graphs, drawn, backend, heads, windows, vocab_size }, capacity))
+    }
+}
+
+/// A step, packed.
+#[derive(Default)]
+struct Packed {
+    batch: Batch,
+    /// Rows of the batch whose logits are computed.
+    rows: Vec<u32>,
+    /// Whether the ids are places among what the step before draws.
+    follows: bool,
+    /// Which of those logits are wanted here, and from which the device draws.
+    wanted: Vec<u32>,
+    draws: Vec<(u32, Draw)>,
+}
+
+impl Packed {
+    fn new(step: &Step<'_>) -> Self {
+        let mut packed = Self::default();
+        for chunk in &step.chunks {
+            packed.push(chunk);
+        }
+        packed
+    }
+
+    fn push(&mut self, chunk: &Chunk<'_>) {
+        let batch = &mut self.batch;
+        let (first, first_block) = (batch.ids.len(), batch.blocks.len());
+        match chunk.tokens {
+            ChunkTokens::Known(tokens) => batch.ids.extend_from_slice(tokens),
+            ChunkTokens::Drawn(place) => {
+                batch.ids.push(place as u32);
+                self.follows = true;
+            }
+        }
+        let end = batch.ids.len();
+        batch.positions.extend((chunk.start..chunk.start + (end - first)).map(|p| p as u32));
+        batch.blocks.extend_from_slice(chunk.blocks);
+        batch.runs.push(Run { rows: first..end, blocks: first_block..batch.blocks.len() });
+        let row = self.rows.len() as u32;
+        match chunk.logits {
+            LogitRows::None => return,
+            LogitRows::Last | LogitRows::Drawn(_) => self.rows.push(end as u32 - 1),
+            LogitRows::All => self.rows.extend(first as u32..end as u32),
+        }
+        match chunk.logits {
+            LogitRows::Drawn(draw) => self.draws.push((row, draw)),
+            _ => self.wanted.extend(row..self.rows.len() as u32),
+        }
+    }
+}
+
+/// A step that has nothing to give but what it draws.
+#[derive(Debug)]
+struct Drawing {
+    draws: PendingDraws,
+    vocab_size: usize,
+}
+
+impl Running for Drawing {
+    fn wait(self: Box<Self>) -> Result<Logits> {
+        let drawn = self.draws.wait()?;
+        Ok(Logits { values: Vec::new(), vocab_size: self.vocab_size, drawn })
+    }
+}
+
+impl Runner {
+    /// Queues the pass over a step: the logits of its rows.
+    fn pass(
+        &mut self,
+        mut batch: Batch,
+        rows: &[u32],
+        decodes: bool,
+        beat: &dyn Fn(),
+    ) -> Result<Option<Tensor>> {
+        let (backend, decoder, kv) = (&self.backend, &self.decoder, &self.kv);
+        if let Some(graphs) = self.graphs.as_mut().filter(|_| decodes) {
+            return graphs.run(batch, |batch: &Batch| {
+                let rows: Vec<u32> = (0..batch.ids.len() as u32).collect();
+                decoder.forward(backend, batch, kv, &rows, beat)
+            });
+        }
+        backend.place(&mut batch, self.heads, &self.windows)?;
+        decoder.forward(backend, &batch, kv, rows, beat)
     }
 }
 
 impl Forward for Runner {
-    fn forward(&mut self, step: &Step<'_>, beat: &dyn Fn()) -> Result<Logits> {
-        let (mut batch, mut rows) = (Batch::default(), Vec::new());
-        let (mut wanted, mut draws) = (Vec::new(), Vec::new());
-        for chunk in &step.chunks {
-            let (first, first_block) = (batch.ids.len(), batch.blocks.len());
-            batch.ids.extend_from_slice(chunk.tokens);
-            batch
-                .positions
-                .extend((chunk.start..chunk.start + chunk.tokens.len()).map(|p| p as u32));
-            batch.blocks.extend_from_slice(chunk.blocks);
-            batch.runs.push(Run {
-                rows: first..batch.ids.len(),
-                blocks: first_block..batch.blocks.len(),
-            });
-            let (end, row) = (batch.ids.len() as u32, rows.len() as u32);
-            match chunk.logits {
-                LogitRows::None => continue,
-                LogitRows::Last | LogitRows::Drawn(_) => rows.push(end - 1),
-                LogitRows::All => rows.extend(first as u32..end),
-            }
-            match chunk.logits {
-                LogitRows::Drawn(draw) => draws.push((row, draw)),
-                _ => wanted.extend(row..rows.len() as u32),
+    fn forward(&mut self, step: &Step<'_>, beat: &dyn Fn()) -> Result<Outcome> {
+        let vocab_size = self.vocab_size;
+        let Packed { mut batch, rows, follows, wanted, draws } = Packed::new(step);
+        if follows {
+            batch.follows = self.drawn.take();
+            if batch.follows.is_none() {
+                return Err(Error::bug("the step before has drawn nothing"));
             }
         }
-        let (backend, decoder, kv) = (&self.backend, &self.decoder, &self.kv);
-        let pass = |batch: &Batch, rows: &[u32]| decoder.forward(backend, batch, kv, rows, beat);
         let decodes = step.chunks.iter().all(Chunk::decodes);
-        let logits = if let Some(graphs) = self.graphs.as_mut().filter(|_| decodes) {
-            graphs.run(batch, |batch: &Batch| {
-                pass(batch, &(0..batch.ids.len() as u32).collect::<Vec<_>>())
-            })?
-        } else {
-            backend.place(&mut batch, self.heads, &self.windows)?;
-            pass(&batch, &rows)?
-        };
+        let logits = self.pass(batch, &rows, decodes, beat)?;
         let Some(logits) = logits else {
-            return Ok(Logits { vocab_size: self.vocab_size, ..Logits::default() });
+            return Ok(Outcome::Ready(Logits { vocab_size, ..Logits::default() }));
         };
-        let drawn = if draws.is_empty() { Vec::new() } else { backend.draw(&logits, &draws)? };
-        let values = match wanted.len() {
-            0 => Vec::new(),
-            len if len == rows.len() => logits.flatten_all()?.to_vec1()?,
-            _ => backend.gather_rows(&logits, &wanted)?.flatten_all()?.to_vec1()?,
-        };
-        Ok(Logits { values, vocab_size: self.vocab_size, drawn })
+        if draws.is_empty() && wanted.len() == rows.len() {
+            let values = logits.flatten_all()?.to_vec1()?;
+            return Ok(Outcome::Ready(Logits { values, vocab_size, drawn: Vec::new() }));
+        }
+        let draws = self.backend.draw(&logits, &draws)?;
+        self.drawn = Some(draws.tokens());
+        if wanted.is_empty() {
+            return Ok(Outcome::Running(Box::new(Drawing { draws, vocab_size })));
+        }
+        let values = self.backend.gather_rows(&logits, &wanted)?.flatten_all()?.to_vec1()?;
+        Ok(Outcome::Ready(Logits { values, vocab_size, drawn: draws.wait()? }))
     }
 
     fn draws(&self) -> bool {

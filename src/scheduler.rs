@@ -97,6 +97,37 @@ impl Scheduler {
         self.running.iter().filter_map(|sequence| sequence.planned).map(|planned| planned.len).sum()
     }
 
+    /// Plans the step after the planned one (its [`Sequence::chunk_ahead`]), which may still run: one row
+    /// for each token that it draws and that is not the last. Says whether there is such a step: not
+    /// where somebody waits, something else than draws goes on, or blocks are lacking.
+    pub fn plan_ahead(&mut self) -> bool {
+        let draws = |sequence: &Sequence| {
+            sequence.planned.is_some_and(|planned| matches!(planned.rows, LogitRows::Drawn(_)))
+        };
+        if self.num_waiting() > 0 || !self.running.iter().all(draws) {
+            return false;
+        }
+        let (limit, mut rows) = (self.max_len(), 0);
+        for sequence in &mut self.running {
+            let len = sequence.tokens().len() + 1;
+            if !sequence.plan_ahead(rows, limit) {
+                continue;
+            }
+            if !sequence.table.as_mut().is_some_and(|table| self.cache.append(table, len)) {
+                self.running.iter_mut().for_each(|sequence| sequence.ahead = None);
+                return false;
+            }
+            rows += 1;
+        }
+        rows > 0
+    }
+
+    /// Whether something is planned.
+    #[must_use]
+    pub fn is_planned(&self) -> bool {
+        self.running.iter().any(|sequence| sequence.planned.is_some())
+    }
+
     /// Commits the planned tokens, which are now in the cache.
     pub fn advance(&mut self) {
         let mut released = Vec::new();
@@ -327,7 +358,7 @@ fn plan(sequence: &mut Sequence, left: &mut Budget) {
         (false, true) => LogitRows::Last,
         (false, false) => LogitRows::None,
     };
-    let planned = Planned { len, rows };
+    let planned = Planned { len, rows, place: 0 };
     left.tokens -= len;
     left.rows = left.rows.saturating_sub(planned.num_rows());
     sequence.planned = Some(planned);

@@ -4,10 +4,11 @@ use std::sync::Arc;
 
 use crate::cache::block::BlockTable;
 use crate::config::BLOCK_SIZE;
+use crate::draw::Draw;
 use crate::error::{Error, Result};
 use crate::grammar::GrammarState;
 use crate::sampler::{Row, SampleState, SamplingParams, TokenLogprob};
-use crate::step::{Chunk, LogitRows};
+use crate::step::{Chunk, ChunkTokens, LogitRows};
 
 /// Names a request for the life of its engine; later requests have larger ids.
 pub type RequestId = u64;
@@ -71,13 +72,15 @@ pub struct SampleMetrics {
 /// Per token of a prompt its list of log-probabilities; `None` for the first token.
 pub type PromptLogprobs = Vec<Option<Vec<TokenLogprob>>>;
 
-/// The part of a sequence that the next step computes.
+/// The part of a sequence that a step computes.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Planned {
     /// How many tokens.
     pub len: usize,
     /// Which of their rows need logits.
     pub rows: LogitRows,
+    /// Where its token stands among those that the step draws, if it draws one.
+    pub place: usize,
 }
 
 impl Planned {
@@ -113,6 +116,8 @@ pub struct Sequence {
     pub(crate) num_computed: usize,
     pub(crate) table: Option<BlockTable>,
     pub(crate) planned: Option<Planned>,
+    /// Its row in the step after that, which is on its way already: of the token that is drawn now.
+    pub(crate) ahead: Option<Planned>,
     /// What is known so far, while prompt log-probabilities are wanted and not yet delivered.
     pub(crate) prompt_logprobs: Option<PromptLogprobs>,
     pub(crate) metrics: SampleMetrics,
@@ -140,6 +145,7 @@ impl Sequence {
             num_computed: 0,
             table: None,
             planned: None,
+            ahead: None,
             prompt_logprobs: wants_prompt.then(Vec::new),
             metrics: SampleMetrics { arrival_time, ..SampleMetrics::default() },
             is_finished: false,
@@ -189,28 +195,62 @@ impl Sequence {
         })
     }
 
-    /// Lets the device draw the next token, where its logits are needed for nothing else.
-    pub(crate) fn plan_draw(&mut self) -> Result<()> {
+    /// Lets the device draw the next token, as number `place` of its step, where its logits are needed
+    /// for nothing else. Says whether it does.
+    pub(crate) fn plan_draw(&mut self, place: usize) -> Result<bool> {
+        let Some(planned @ Planned { rows: LogitRows::Last, .. }) = self.planned else {
+            return Ok(false);
+        };
         if self.grammar.is_some() {
-            return Ok(());
+            return Ok(false);
         }
         let (row, state) = self.row(&[])?;
         let draw = row.draw(state);
-        if let (Some(Planned { rows: rows @ LogitRows::Last, .. }), Some(draw)) =
-            (&mut self.planned, draw)
-        {
-            *rows = LogitRows::Drawn(draw);
+        if let Some(draw) = draw {
+            self.planned = Some(Planned { rows: LogitRows::Drawn(draw), place, ..planned });
         }
-        Ok(())
+        Ok(draw.is_some())
+    }
+
+    /// Plans the row after the token that is being drawn, as number `place` of its step. `limit` is the
+    /// longest sequence. Says whether there is one: not after a last token.
+    pub(crate) fn plan_ahead(&mut self, place: usize, limit: usize) -> bool {
+        let (output, len) = (self.num_output() + 1, self.tokens().len() + 1);
+        let is_last = output >= self.params.max_tokens || len >= limit;
+        self.ahead = match self.planned {
+            Some(Planned { rows: LogitRows::Drawn(draw), .. }) if !is_last => {
+                let rows = LogitRows::Drawn(Draw { uniform: self.state.uniform(len), ..draw });
+                Some(Planned { len: 1, rows, place })
+            }
+            _ => None,
+        };
+        self.ahead.is_some()
     }
 
     /// The planned tokens, with the blocks that cover them and all before.
     #[must_use]
     pub fn chunk(&self) -> Option<Chunk<'_>> {
         let planned = self.planned?;
-        let (start, end) = (self.num_computed, self.num_computed + planned.len);
-        let blocks = &self.table.as_ref()?.blocks()[..end.div_ceil(BLOCK_SIZE)];
-        Some(Chunk { tokens: &self.tokens()[start..end], start, blocks, logits: planned.rows })
+        let end = self.num_computed + planned.len;
+        let tokens = ChunkTokens::Known(&self.tokens()[self.num_computed..end]);
+        self.chunk_of(tokens, self.num_computed, planned.rows)
+    }
+
+    /// As [`Self::chunk`], of the step after that.
+    pub(crate) fn chunk_ahead(&self) -> Option<Chunk<'_>> {
+        let (planned, ahead) = (self.planned?, self.ahead?);
+        let start = self.num_computed + planned.len;
+        self.chunk_of(ChunkTokens::Drawn(planned.place), start, ahead.rows)
+    }
+
+    fn chunk_of<'a>(
+        &'a self,
+        tokens: ChunkTokens<'a>,
+        start: usize,
+        logits: LogitRows,
+    ) -> Option<Chunk<'a>> {
+        let blocks = (start + tokens.len()).div_ceil(BLOCK_SIZE);
+        Some(Chunk { tokens, start, blocks: &self.table.as_ref()?.blocks()[..blocks], logits })
     }
 
     /// What its next token is sampled from.

@@ -14,7 +14,10 @@ const RULES: &[(&str, &[&str])] = &[
     ("step.rs", &["error", "cache::block", "draw"]),
     ("sampler", &["error", "draw", "sampler"]),
     ("grammar", &["error", "grammar"]),
-    ("sequence.rs", &["error", "config", "cache", "grammar", "sampler", "step", "sequence"]),
+    (
+        "sequence.rs",
+        &["error", "config", "cache", "draw", "grammar", "sampler", "step", "sequence"],
+    ),
     ("scheduler", &["error", "config", "cache", "sampler", "sequence", "step", "scheduler"]),
     ("cache/block.rs", &["config"]),
     ("cache/prefix.rs", &["config", "cache::block"]),
@@ -41,7 +44,17 @@ const RULES: &[(&str, &[&str])] = &[
     ("checkpoint", &["error", "spec", "weights", "checkpoint"]),
     (
         "runner.rs",
-        &["error", "config", "spec", "step", "backend", "cache::pool", "decoder", "checkpoint"],
+        &[
+            "error",
+            "config",
+            "draw",
+            "spec",
+            "step",
+            "backend",
+            "cache::pool",
+            "decoder",
+            "checkpoint",
+        ],
     ),
     (
         "py",

@@ -18,14 +18,10 @@ use astrai_rs::sampler::{
 };
 use astrai_rs::spec::{Activation, QkNorm, RopePairing};
 use astrai_rs::weights::Encoding;
-use backend_support::{Random, assert_close, batch_of, round_like_cache, stored};
+use backend_support::{Random, assert_close, batch_of, gpu, round_like_cache, stored};
 use candle_core::{DType as CandleType, Device, Tensor};
 
 const DTYPES: [DType; 3] = [DType::Float32, DType::BFloat16, DType::Float16];
-
-fn gpu(dtype: DType) -> Backend {
-    Backend::cuda(0, dtype).unwrap()
-}
 
 /// Numbers that the compute type holds, and a tensor of them on the GPU.
 fn activations(backend: &Backend, x: &mut [f32], shape: &[usize]) -> Tensor {
@@ -396,28 +392,31 @@ fn a_row_of_attention_does_not_depend_on_its_batch() {
 
 /// One prefill of 600 tokens; the same rows again in random chunks beside another sequence.
 fn check_cuts(random: &mut Random, backend: &Backend, heads: Heads, window: Option<usize>) {
-    let len = 600;
+    // Enough tiles for the kernel of long prompts, also on a GPU of many multiprocessors.
+    let len = if cfg!(feature = "cuda-emulator") { 600 } else { 6000 };
+    let blocks = len as u32 / 16 + 3;
     let width = (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim;
     let size = heads.num_heads * heads.head_dim;
     let (op, _) = rope_op(random, backend, heads.head_dim, 0, len);
     let attention = AttentionOp { scale: 0.3, window };
     let mut qkv = random.floats(len * width);
-    let mut whole = batch_of(&[(0..len, 0)], 40, random);
+    let mut whole = batch_of(&[(0..len, 0)], blocks, random);
     let run = |kv: &LayerKv, x: &Tensor, batch: &mut Batch| {
         backend.place(batch, heads, &[window]).unwrap();
         backend.rope_and_cache(x, heads, &op, kv, batch).unwrap();
         bits(&backend.paged_attention(x, heads, attention, kv, batch).unwrap())
     };
     let given = activations(backend, &mut qkv, &[len, width]);
-    let want = run(&backend.layer_kv(80, heads).unwrap(), &given, &mut whole);
+    let want = run(&backend.layer_kv(blocks as usize + 2, heads).unwrap(), &given, &mut whole);
 
-    let kv = backend.layer_kv(80, heads).unwrap();
+    let kv = backend.layer_kv(blocks as usize + 2, heads).unwrap();
     let mut start = 0;
     while start < len {
         let chunk = [1, 7, 64, 200][random.below(4)].min(len - start);
         let other = random.below(20) + 1;
-        // The other sequence has blocks 40 and 41, and rows in front.
-        let mut batch = Batch { blocks: [40, 41].map(BlockId).to_vec(), ..Batch::default() };
+        // The other sequence has the last two blocks, and rows in front.
+        let others = [blocks, blocks + 1].map(BlockId);
+        let mut batch = Batch { blocks: others.to_vec(), ..Batch::default() };
         batch.blocks.extend(&whole.blocks);
         batch.positions.extend(0..other as u32);
         batch.positions.extend(start as u32..(start + chunk) as u32);
@@ -452,7 +451,7 @@ fn steps_of_a_size_that_has_run_take_no_memory_from_the_driver() {
 }
 
 fn tokens_of(backend: &Backend, logits: &Tensor, draws: &[(u32, Draw)]) -> Vec<Option<u32>> {
-    let drawn = backend.draw(logits, draws).unwrap().into_iter();
+    let drawn = backend.draw(logits, draws).unwrap().wait().unwrap().into_iter();
     drawn.map(|drawn| Some(drawn?.token)).collect()
 }
 
@@ -524,7 +523,8 @@ fn logprobs_are_the_samplers() {
                 logprobs: tops[row % 3],
             };
             let draws: Vec<_> = (0..6).map(|row| (row as u32, draw(row))).collect();
-            let drawn = backend.draw(&device, &draws).unwrap().into_iter().map(Option::unwrap);
+            let drawn = backend.draw(&device, &draws).unwrap().wait().unwrap();
+            let drawn = drawn.into_iter().map(Option::unwrap);
             for (row, Drawn { token, logprobs }) in drawn.enumerate() {
                 let logits = &logits[row * vocab..][..vocab];
                 let want = tops[row % 3].map(|top| token_logprobs(logits, token, top).unwrap());
@@ -580,6 +580,7 @@ fn faults_are_reported() {
         (c"broken_copy_not_awaited", "copies to shared memory that nobody has waited for"),
         (c"broken_copy_into_what_others_read", "shared memory race"),
         (c"broken_unaligned_load", "no multiple of 16"),
+        (c"broken_unaligned_store", "no multiple of its alignment"),
     ] {
         let report = emulator::report_of(kernel).unwrap_or_default();
         assert!(report.contains(expect), "{kernel:?}: {report:?}");

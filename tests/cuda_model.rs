@@ -8,6 +8,8 @@ mod golden_support;
 
 use astrai_rs::backend::Backend;
 #[cfg(feature = "cuda-emulator")]
+use astrai_rs::backend::Heads;
+#[cfg(feature = "cuda-emulator")]
 use astrai_rs::backend::emulator;
 use astrai_rs::checkpoint;
 use astrai_rs::config::{DType, EngineConfig};
@@ -17,7 +19,7 @@ use fake::{Outputs, Rng, request, run};
 use golden_support::{Golden, fixture, logit_error, runner};
 
 fn gpu(dtype: DType) -> Backend {
-    Backend::cuda(0, dtype).expect("the emulated GPU")
+    Backend::cuda(0, dtype).expect("a GPU")
 }
 
 goldens!(|name| {
@@ -100,6 +102,25 @@ fn decode_steps_replay_graphs_and_take_no_memory() {
     assert_eq!(round(&mut engine)[0], 9);
     round(&mut engine); // takes new memory in place of the logits that the graphs keep
     assert_eq!(round(&mut engine), [11, 0]);
+}
+
+#[cfg(feature = "cuda-emulator")]
+#[test]
+fn graphs_keep_their_memory_when_there_is_no_more() {
+    let vocab_size = checkpoint::load(&fixture("llama")).expect("loads").spec.vocab_size;
+    let config = EngineConfig { vocab_size, num_blocks: 32, ..fake::config() };
+    let backend = gpu(DType::BFloat16);
+    let mut engine = Engine::new(runner("llama", backend.clone()), config.clone()).expect("valid");
+    let options = SamplingOptions { max_tokens: 8, ..fake::greedy(8) };
+    let mut round = || {
+        engine.submit(request(vec![1, 2, 3], &options, &config)).expect("fits");
+        run(&mut engine).into_values().next().expect("one")
+    };
+    let first = round();
+    let heads = Heads { num_heads: 1, num_kv_heads: 1, head_dim: 64 };
+    let error = backend.layer_kv(1 << 24, heads).expect_err("64 GiB").to_string();
+    assert!(error.contains("bytes left"), "{error}");
+    assert_eq!(round(), first);
 }
 
 #[test]

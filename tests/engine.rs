@@ -3,6 +3,7 @@
 mod fake;
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc;
 use std::time::Duration;
 
@@ -75,8 +76,11 @@ fn outputs_do_not_depend_on_batch_chunks_cache_or_preemption() {
     let requests = random_requests(300);
     let base = EngineConfig { eos_token_ids: vec![3, 4], ..config() };
     let alone = run_alone(&requests, &base);
-    for (name, config) in variants(&base) {
-        let mut engine = engine(&config);
+    for ((name, config), draws) in
+        variants(&base).into_iter().flat_map(|v| [(v.clone(), false), (v, true)])
+    {
+        let fake = if draws { Fake::drawing(&config) } else { Fake::new(&config) };
+        let mut engine = Engine::new(fake, config.clone()).expect("valid");
         for (prompt, options) in &requests {
             engine.submit(request(prompt.clone(), options, &config)).expect("fits");
         }
@@ -122,6 +126,81 @@ fn run_alone(requests: &[(Vec<u32>, SamplingOptions)], base: &EngineConfig) -> O
         }
     }
     outputs
+}
+
+#[test]
+fn a_device_that_draws_gets_steps_ahead() {
+    let config = EngineConfig { eos_token_ids: vec![3, 4], ..config() };
+    let requests = (0..20_u32).map(|id| {
+        let options = SamplingOptions {
+            max_tokens: 1 + i64::from(id),
+            temperature: [0.0, 1.2][id as usize % 2],
+            seed: Some(u64::from(id)),
+            stop_token_ids: vec![7],
+            logprobs: [None, Some(3)][id as usize / 2 % 2],
+            ..SamplingOptions::default()
+        };
+        (vec![id; 1 + id as usize], options)
+    });
+    let requests: Vec<_> = requests.collect();
+    let alone = run_alone(&requests, &config);
+    let fake = Fake::drawing(&config);
+    let num_ahead = fake.num_ahead.clone();
+    let mut engine = Engine::new(fake, config.clone()).expect("valid");
+    for (prompt, options) in &requests {
+        engine.submit(request(prompt.clone(), options, &config)).expect("fits");
+    }
+    assert_eq!(run(&mut engine), alone);
+    // All but the first; a last one may have been for nothing.
+    let steps = engine.stats().steps as usize;
+    assert!((steps - 1..=steps).contains(&num_ahead.load(Relaxed)), "{num_ahead:?} of {steps}");
+}
+
+#[test]
+fn steps_ahead_survive_aborts_arrivals_and_ends() {
+    let config = EngineConfig { eos_token_ids: vec![3, 4], num_blocks: 12, ..config() };
+    let fake = Fake::drawing(&config);
+    let num_ahead = fake.num_ahead.clone();
+    let mut engine = Engine::new(fake, config.clone()).expect("valid");
+    let (mut rng, mut outputs, mut given) = (Rng(5), Outputs::new(), Vec::new());
+    while given.len() < 1500 || engine.has_work() {
+        // Busy times and quiet ones.
+        if given.len() < 1500 && rng.chance([30, 3][given.len() / 50 % 2]) {
+            let options = SamplingOptions {
+                max_tokens: 1 + rng.below(40) as i64,
+                temperature: [0.0, 0.9][rng.below(2)],
+                seed: Some(given.len() as u64),
+                n: 1 + rng.below(3) as i64,
+                ..SamplingOptions::default()
+            };
+            let prompt: Vec<u32> = (0..=rng.below(50)).map(|_| rng.below(4) as u32).collect();
+            let asked = request(prompt, &options, &config);
+            let id = engine.submit(asked.clone()).expect("fits");
+            given.push((id, asked, options));
+        }
+        if rng.chance(3) && !given.is_empty() {
+            let (id, ..) = given[given.len() - 1 - rng.below(given.len().min(6))];
+            engine.abort(id, [None, Some(0)][rng.below(2)]);
+        }
+        if rng.chance(1) {
+            engine.clear_prefix_cache();
+        }
+        collect(&mut outputs, engine.step());
+        engine.check().expect("sound");
+    }
+    let counts = (num_ahead.load(Relaxed), engine.stats().preemptions);
+    assert!(counts.0 > 500 && counts.1 > 50, "{counts:?}");
+    assert_eq!(engine.stats().kv_blocks_used, 0);
+    for (id, output) in &outputs {
+        let (_, asked, options) = &given[id.request as usize];
+        let expect = reference(asked, options, *id, &config);
+        let finish = output.finish.as_ref().expect("over");
+        if finish.0 == "abort" {
+            assert!(expect.tokens.starts_with(&output.tokens), "{id:?}");
+        } else {
+            assert_eq!((&output.tokens, Some(finish)), (&expect.tokens, expect.finish.as_ref()));
+        }
+    }
 }
 
 #[test]
@@ -206,8 +285,12 @@ fn a_thousand_aborts_leave_nothing() {
 
 #[test]
 fn nan_fails_its_own_request_only() {
+    nan_fails(Fake::new(&config()));
+    nan_fails(Fake::drawing(&config()));
+}
+
+fn nan_fails(mut fake: Fake) {
     let config = config();
-    let mut fake = Fake::new(&config);
     fake.fault = Some((2, Fault::Nan));
     let mut engine = Engine::new(fake, config.clone()).expect("valid");
     for prompt in [vec![1; 20], vec![2; 20]] {
@@ -493,11 +576,12 @@ impl astrai_rs::step::Forward for Stuck {
         &mut self,
         _: &astrai_rs::step::Step<'_>,
         _beat: &dyn Fn(),
-    ) -> astrai_rs::error::Result<astrai_rs::step::Logits> {
+    ) -> astrai_rs::error::Result<astrai_rs::step::Outcome> {
         self.entered.send(()).expect("the test waits");
         self.blocked.recv().expect("the test lets go");
         let vocab_size = self.vocab_size;
         let values = vec![0.0; vocab_size];
-        Ok(astrai_rs::step::Logits { values, vocab_size, drawn: Vec::new() })
+        let logits = astrai_rs::step::Logits { values, vocab_size, drawn: Vec::new() };
+        Ok(astrai_rs::step::Outcome::Ready(logits))
     }
 }

@@ -12,6 +12,7 @@ mod cuda;
 #[cfg(feature = "cuda-emulator")]
 pub use cuda::emulator;
 mod device;
+mod draw;
 mod graph;
 mod ops;
 pub mod reference;
@@ -22,12 +23,12 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 
 use crate::cache::block::BlockId;
-use crate::draw::{Draw, Drawn};
 use crate::error::{Error, Result};
 use crate::spec::{Activation, QkNorm, RopePairing};
 use crate::weights::StoredTensor;
 use cpu::Cpu;
 pub use device::CacheBudget;
+pub use draw::{DrawnTokens, PendingDraws};
 pub use graph::DecodeGraphs;
 
 /// A device with its kernels and threads. Cheap to clone; clones share the thread pool.
@@ -122,6 +123,8 @@ pub struct LayerKv {
 pub struct Batch {
     /// Token of each row; ops that do not look at it leave it to be empty.
     pub ids: Vec<u32>,
+    /// Where tokens are drawn on the device and not known yet: these, of which `ids` has the places.
+    pub follows: Option<DrawnTokens>,
     /// Position of each row in its sequence.
     pub positions: Vec<u32>,
     /// The runs of rows that belong to one sequence.
@@ -207,7 +210,8 @@ impl Backend {
     /// Rows of `table` for the tokens of `batch`: the residual stream, `[tokens, hidden]` f32.
     pub fn embedding(&self, table: &Table, batch: &Batch) -> Result<Tensor> {
         let (rows, ids) = (table.rows(), &batch.ids);
-        if let Some(id) = ids.iter().find(|&&id| id as usize >= rows) {
+        let unknown = || ids.iter().find(|&&id| id as usize >= rows);
+        if let (Some(id), None) = (unknown(), &batch.follows) {
             return Err(Error::invalid(format!("token ids must be below {rows}; given: {id}")));
         }
         match (&self.kind, &table.rows) {
@@ -374,26 +378,6 @@ impl Backend {
             Kind::Cpu(_) => Ok(x.apply_op1_no_bwd(&ops::GatherRows { rows })?),
             #[cfg(feature = "cuda")]
             Kind::Cuda(cuda) => cuda.gather_rows(x, rows),
-        }
-    }
-
-    /// Whether [`Self::draw`] is there: on a GPU, from which logits are slow to come.
-    #[must_use]
-    pub fn draws(&self) -> bool {
-        !matches!(self.kind, Kind::Cpu(_))
-    }
-
-    /// A token for each row of `logits` `[rows, vocab]` and draw, as [`crate::sampler`] has it; `None`
-    /// where the logits hold NaN or infinity.
-    pub fn draw(&self, logits: &Tensor, draws: &[(u32, Draw)]) -> Result<Vec<Option<Drawn>>> {
-        let rows = check::rows("logits", logits, None, F32)?;
-        if let Some((row, _)) = draws.iter().find(|&&(row, _)| row as usize >= rows) {
-            return Err(Error::bug(format!("rows must be below {rows}; given: {row}")));
-        }
-        match &self.kind {
-            Kind::Cpu(_) => Err(Error::bug("on the CPU the sampler draws")),
-            #[cfg(feature = "cuda")]
-            Kind::Cuda(cuda) => cuda.draw(logits, draws),
         }
     }
 }

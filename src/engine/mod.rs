@@ -1,6 +1,9 @@
 //! [`Engine`]: one step is schedule → forward → sample → commit → events.
 //!
-//! It is synchronous and owns everything; [`thread`] gives it a thread of its own.
+//! It is synchronous and owns everything; [`thread`] gives it a thread of its own. Where a device draws the
+//! tokens, the next step is on its way while those of the last one are waited for and handed out: its
+//! rows are of tokens that only the device knows yet. A row that turns out to follow a last token is for
+//! nothing, and what comes of it is dropped.
 
 pub mod stats;
 pub mod thread;
@@ -21,7 +24,7 @@ use crate::sampler::{Sampler, SamplingParams, TokenLogprob, broken_logits, token
 use crate::scheduler::{Scheduler, check_prompt};
 pub use crate::sequence::{FinishReason, PromptLogprobs, RequestId, SampleMetrics, SequenceId};
 use crate::sequence::{Planned, Sequence};
-use crate::step::{Forward, LogitRows, Logits, Step};
+use crate::step::{Chunk, Forward, LogitRows, Logits, Outcome, Step};
 
 /// What a caller wants generated.
 #[derive(Debug, Clone)]
@@ -71,11 +74,21 @@ pub struct Engine<F> {
     start: Instant,
     next_id: RequestId,
     events: Vec<Event>,
+    /// The planned step, when it is on its way already.
+    launched: Option<Launched>,
     /// Set by a failed step: the engine does nothing any more.
     failure: Option<Error>,
     counters: Counters,
     /// When the last sign of life came, in milliseconds since the start.
     heartbeat: Arc<AtomicU64>,
+}
+
+/// A step on its way.
+#[derive(Debug)]
+struct Launched {
+    outcome: Outcome,
+    /// Whether the grammar thread has states of it.
+    is_masked: bool,
 }
 
 #[derive(Debug, Default)]
@@ -98,6 +111,7 @@ impl<F: Forward> Engine<F> {
             start: Instant::now(),
             next_id: 0,
             events: Vec::new(),
+            launched: None,
             failure: None,
             counters: Counters::default(),
             heartbeat: Arc::default(),
@@ -175,6 +189,7 @@ impl<F: Forward> Engine<F> {
         }
         // After a panic nothing in the old one can be relied on.
         self.scheduler = Scheduler::new(&self.config);
+        self.launched = None;
         self.failure.get_or_insert(error);
     }
 
@@ -227,6 +242,27 @@ impl<F: Forward> Engine<F> {
     }
 
     fn try_step(&mut self) -> Result<()> {
+        // All whom a launched step was for may have gone.
+        let launched = match self.launched.take().filter(|_| self.scheduler.is_planned()) {
+            Some(launched) => launched,
+            None => self.launch()?,
+        };
+        if self.forward.draws() && self.scheduler.plan_ahead() {
+            let outcome = self.compute(Sequence::chunk_ahead)?;
+            self.launched = Some(Launched { outcome, is_masked: false });
+        }
+        let logits = launched.outcome.wait()?;
+        if launched.is_masked {
+            self.finish_masks()?;
+        }
+        self.scheduler.advance();
+        self.sample(&logits)?;
+        self.scheduler.sweep();
+        Ok(())
+    }
+
+    /// Plans a step and starts it.
+    fn launch(&mut self) -> Result<Launched> {
         let now = self.now();
         if self.scheduler.schedule(now) == 0 {
             // Better an error than a loop for ever.
@@ -234,18 +270,19 @@ impl<F: Forward> Engine<F> {
         }
         let is_masked = self.begin_masks()?;
         if self.forward.draws() {
-            self.scheduler.running_mut().iter_mut().try_for_each(Sequence::plan_draw)?;
+            let mut draws = 0;
+            for sequence in self.scheduler.running_mut() {
+                draws += usize::from(sequence.plan_draw(draws)?);
+            }
         }
-        let chunks: Vec<_> = self.scheduler.running().iter().filter_map(Sequence::chunk).collect();
+        Ok(Launched { outcome: self.compute(Sequence::chunk)?, is_masked })
+    }
+
+    /// Starts the step of these chunks.
+    fn compute(&mut self, chunk: fn(&Sequence) -> Option<Chunk<'_>>) -> Result<Outcome> {
+        let chunks = self.scheduler.running().iter().filter_map(chunk).collect();
         let beat = || self.heartbeat.store(self.start.elapsed().as_millis() as u64, Relaxed);
-        let logits = self.forward.forward(&Step { chunks }, &beat)?;
-        if is_masked {
-            self.finish_masks()?;
-        }
-        self.scheduler.advance();
-        self.sample(&logits)?;
-        self.scheduler.sweep();
-        Ok(())
+        self.forward.forward(&Step { chunks }, &beat)
     }
 
     /// Sends the grammars of all samples that get a token in this step to the grammar thread.
@@ -284,15 +321,15 @@ impl<F: Forward> Engine<F> {
             )));
         }
         let (mut first, mut poisoned) = (0, false);
-        let mut drawn = logits.drawn.iter().cloned();
         for sequence in self.scheduler.running_mut() {
             let Some(planned) = sequence.planned.take() else { continue };
+            sequence.planned = sequence.ahead.take();
             let rows = Rows { logits, first, planned };
             first += planned.num_rows();
             let next = if let LogitRows::Drawn(_) = planned.rows {
-                let drawn =
-                    drawn.next().ok_or_else(|| Error::bug("the device drew too few tokens"));
-                drawn.and_then(|drawn| drawn.ok_or_else(broken_logits)).map(Some)
+                let drawn = logits.drawn.get(planned.place);
+                let drawn = drawn.ok_or_else(|| Error::bug("the device drew too few tokens"));
+                drawn.and_then(|drawn| drawn.clone().ok_or_else(broken_logits)).map(Some)
             } else {
                 rows.next(sequence, &mut self.sampler)
             };

@@ -45,14 +45,19 @@ impl Row<'_> {
     pub fn draw(&self, state: &SampleState) -> Option<Draw> {
         let params = self.params;
         let is_short = params.logprobs.is_none_or(|top| top <= MAX_DRAWN_LOGPROBS);
-        (self.is_plain() && is_short).then(|| Draw {
+        (self.is_plain() && is_short).then(|| self.draw_of(state))
+    }
+
+    fn draw_of(&self, state: &SampleState) -> Draw {
+        let params = self.params;
+        Draw {
             inverse_temperature: params.inverse_temperature,
             top_k: params.top_k,
             top_p: params.top_p,
             min_p: params.min_p,
-            uniform: philox::uniform(state.seed, state.sample, self.tokens.len()),
+            uniform: state.uniform(self.tokens.len()),
             logprobs: params.logprobs,
-        })
+        }
     }
 
     /// Whether the token is drawn from the logits as they are.
@@ -95,6 +100,11 @@ impl SampleState {
         Self { seed, sample, counted: 0, counts: HashMap::new() }
     }
 
+    /// The number in [0, 1) that draws the token after `len` others.
+    pub(crate) fn uniform(&self, len: usize) -> f64 {
+        philox::uniform(self.seed, self.sample, len)
+    }
+
     fn count(&mut self, row: &Row<'_>) {
         let window = row.num_prompt.saturating_sub(row.params.frequency_window);
         for (position, &token) in row.tokens.iter().enumerate().skip(self.counted) {
@@ -125,15 +135,22 @@ impl Sampler {
     /// The next token of `row`: a function of the row and of the state's seed, whatever else the
     /// sampler has seen.
     pub fn sample(&mut self, row: &Row<'_>, state: &mut SampleState) -> Result<u32> {
-        let Self { eos_token_ids, logits: changed, weights, candidates } = self;
-        let is_changed = change(row, eos_token_ids, state, changed);
-        let logits = if is_changed { &changed[..] } else { row.logits };
-        let params = row.params;
+        let mut changed = std::mem::take(&mut self.logits);
+        let is_changed = change(row, &self.eos_token_ids, state, &mut changed);
+        let logits = if is_changed { &changed } else { row.logits };
+        let token = self.draw(logits, &row.draw_of(state));
+        self.logits = changed;
+        token
+    }
+
+    /// The token that `draw` takes from `logits`: what a device that draws must give too.
+    pub fn draw(&mut self, logits: &[f32], draw: &Draw) -> Result<u32> {
+        let Self { weights, candidates, .. } = self;
         let max = row_max(logits)?;
-        let Some(scale) = params.inverse_temperature else {
+        let Some(scale) = draw.inverse_temperature else {
             return Ok(select::position(logits, max) as u32);
         };
-        if let Some(k) = params.top_k {
+        if let Some(k) = draw.top_k {
             let last = select::top(logits, k)[k - 1];
             select::at_least(logits, logits[last as usize], candidates);
             let kept: Vec<f32> = candidates.iter().map(|&id| logits[id as usize]).collect();
@@ -141,17 +158,16 @@ impl Sampler {
         } else {
             select::weigh(logits, max, scale, weights);
         }
-        if params.min_p > 0.0 {
+        if draw.min_p > 0.0 {
             for weight in weights.iter_mut() {
-                *weight = if *weight < params.min_p { 0.0 } else { *weight };
+                *weight = if *weight < draw.min_p { 0.0 } else { *weight };
             }
         }
-        if params.top_p < 1.0 {
-            select::cut_to_nucleus(weights, params.top_p);
+        if draw.top_p < 1.0 {
+            select::cut_to_nucleus(weights, draw.top_p);
         }
-        let u = philox::uniform(state.seed, state.sample, row.tokens.len());
-        let chosen = select::pick(weights, u);
-        Ok(if params.top_k.is_some() { candidates[chosen] } else { chosen as u32 })
+        let chosen = select::pick(weights, draw.uniform);
+        Ok(if draw.top_k.is_some() { candidates[chosen] } else { chosen as u32 })
     }
 }
 

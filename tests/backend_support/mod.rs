@@ -4,6 +4,8 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+#[cfg(feature = "cuda")]
+use std::sync::{Mutex, PoisonError};
 
 use astrai_rs::backend::{Backend, Batch, Run};
 use astrai_rs::cache::block::BlockId;
@@ -126,4 +128,21 @@ pub(crate) fn assert_close(got: &[f32], want: &[f32], tolerance: f32, what: impl
             what()
         );
     }
+}
+
+/// The GPU: each time a new one when it is emulated, and one for all of a process when it is not, since
+/// it takes a while to open.
+#[cfg(feature = "cuda")]
+pub(crate) fn gpu(dtype: DType) -> Backend {
+    static OPEN: Mutex<Vec<(DType, Backend)>> = Mutex::new(Vec::new());
+    let open = || Backend::cuda(0, dtype).expect("a GPU");
+    if cfg!(feature = "cuda-emulator") {
+        return open();
+    }
+    let mut backends = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((_, backend)) = backends.iter().find(|(known, _)| *known == dtype) {
+        return backend.clone();
+    }
+    backends.push((dtype, open()));
+    backends[backends.len() - 1].1.clone()
 }

@@ -5,17 +5,19 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
 use astrai_rs::cache::block::BlockId;
 use astrai_rs::config::{BLOCK_SIZE, EngineConfig};
+use astrai_rs::draw::Drawn;
 use astrai_rs::engine::{Engine, Event, FinishReason, PromptLogprobs, Request, SequenceId};
 use astrai_rs::error::{Error, ErrorKind, Result};
 use astrai_rs::sampler::philox::derive_seed;
 use astrai_rs::sampler::{
-    Row, SampleState, Sampler, SamplingOptions, SamplingParams, TokenLogprob,
+    Row, SampleState, Sampler, SamplingOptions, SamplingParams, TokenLogprob, token_logprobs,
 };
-use astrai_rs::step::{Chunk, Forward, LogitRows, Logits, Step};
+use astrai_rs::step::{Chunk, ChunkTokens, Forward, LogitRows, Logits, Outcome, Running, Step};
 
 /// What goes wrong in one step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,6 +39,13 @@ pub struct Fake {
     pub fault: Option<(usize, Fault)>,
     pub pause: std::time::Duration,
     num_steps: usize,
+    /// As a GPU, it draws tokens, and gives them out only when they are waited for: these are the last
+    /// step's.
+    drawn: Option<Vec<u32>>,
+    /// Steps that were on their way before the one before was waited for.
+    pub num_ahead: Arc<AtomicUsize>,
+    /// Steps that nobody has waited for.
+    running: Arc<AtomicUsize>,
 }
 
 impl Fake {
@@ -48,7 +57,14 @@ impl Fake {
             fault: None,
             pause: std::time::Duration::ZERO,
             num_steps: 0,
+            drawn: None,
+            num_ahead: Arc::default(),
+            running: Arc::default(),
         }
+    }
+
+    pub fn drawing(config: &EngineConfig) -> Self {
+        Self { drawn: Some(Vec::new()), ..Self::new(config) }
     }
 
     fn cell(&mut self, blocks: &[BlockId], position: usize) -> &mut Option<(usize, u32)> {
@@ -56,16 +72,16 @@ impl Fake {
         &mut self.cells[block * BLOCK_SIZE + position % BLOCK_SIZE]
     }
 
-    fn rows(&mut self, chunk: &Chunk<'_>, values: &mut Vec<f32>) {
+    /// Logits of the rows of a chunk, as many as it asks for.
+    fn rows(&mut self, chunk: &Chunk<'_>) -> Vec<f32> {
         let end = chunk.start + chunk.tokens.len();
         assert_eq!(chunk.blocks.len(), end.div_ceil(BLOCK_SIZE), "blocks cover the chunk exactly");
         let first = match chunk.logits {
-            LogitRows::None => return,
-            LogitRows::Last => end - 1,
+            LogitRows::None => return Vec::new(),
+            LogitRows::Last | LogitRows::Drawn(_) => end - 1,
             LogitRows::All => chunk.start,
-            LogitRows::Drawn(_) => unreachable!("this model does not draw"),
         };
-        let mut history = SEED;
+        let (mut history, mut values) = (SEED, Vec::new());
         for position in 0..end {
             let (written_at, token) =
                 self.cell(chunk.blocks, position).expect("computed before use");
@@ -75,11 +91,56 @@ impl Fake {
                 values.extend((0..self.vocab_size).map(|id| logit(history, id)));
             }
         }
+        values
+    }
+
+    fn tokens(&self, chunk: &Chunk<'_>) -> Vec<u32> {
+        match chunk.tokens {
+            ChunkTokens::Known(tokens) => tokens.to_vec(),
+            ChunkTokens::Drawn(place) => vec![self.drawn.as_ref().expect("it draws")[place]],
+        }
+    }
+
+    /// Says what is computed; all writes before all reads, so that an overlap of two tables shows.
+    fn write(&mut self, step: &Step<'_>) {
+        let mut line = String::new();
+        for chunk in &step.chunks {
+            let tokens = self.tokens(chunk);
+            assert!(!tokens.is_empty(), "no empty chunks");
+            let suffix = match chunk.logits {
+                LogitRows::None => ".",
+                LogitRows::Last | LogitRows::Drawn(_) => "",
+                LogitRows::All => "*",
+            };
+            let _ = write!(line, " {}+{}{suffix}", chunk.start, tokens.len());
+            for (position, token) in (chunk.start..).zip(tokens) {
+                *self.cell(chunk.blocks, position) = Some((position, token));
+            }
+        }
+        if let Some(log) = &self.log {
+            log.lock().expect("whole").push(line.trim_start().to_owned());
+        }
+    }
+}
+
+/// What the fake device has drawn.
+#[derive(Debug)]
+struct Drawing(Logits, Arc<AtomicUsize>);
+
+impl Running for Drawing {
+    fn wait(self: Box<Self>) -> Result<Logits> {
+        Ok(self.0.clone())
+    }
+}
+
+impl Drop for Drawing {
+    fn drop(&mut self) {
+        self.1.fetch_sub(1, Relaxed);
     }
 }
 
 impl Forward for Fake {
-    fn forward(&mut self, step: &Step<'_>, beat: &dyn Fn()) -> Result<Logits> {
+    fn forward(&mut self, step: &Step<'_>, beat: &dyn Fn()) -> Result<Outcome> {
         beat();
         std::thread::sleep(self.pause);
         self.num_steps += 1;
@@ -89,32 +150,39 @@ impl Forward for Fake {
             Some(Fault::Panic) => panic!("a broken invariant"),
             _ => {}
         }
-        let mut line = String::new();
-        for chunk in &step.chunks {
-            assert!(!chunk.tokens.is_empty(), "no empty chunks");
-            let suffix = match chunk.logits {
-                LogitRows::None => ".",
-                LogitRows::Last => "",
-                LogitRows::All => "*",
-                LogitRows::Drawn(_) => unreachable!("this model does not draw"),
-            };
-            let _ = write!(line, " {}+{}{suffix}", chunk.start, chunk.tokens.len());
-            // All writes before all reads: an overlap of two tables in one step shows.
-            for (position, &token) in (chunk.start..).zip(chunk.tokens) {
-                *self.cell(chunk.blocks, position) = Some((position, token));
+        let ahead = self.running.load(Relaxed);
+        assert!(ahead <= 1, "two steps are under way");
+        self.num_ahead.fetch_add(ahead, Relaxed);
+        self.write(step);
+        let (mut logits, mut sampler) = (Logits::default(), Sampler::new(Vec::new()));
+        logits.vocab_size = self.vocab_size;
+        let mut ids = Vec::new();
+        for (index, chunk) in step.chunks.iter().enumerate() {
+            let mut values = self.rows(chunk);
+            if fault == Some(Fault::Nan) && index == 0 {
+                values[..self.vocab_size].fill(f32::NAN);
             }
+            let LogitRows::Drawn(draw) = chunk.logits else {
+                logits.values.extend(values);
+                continue;
+            };
+            let token = sampler.draw(&values, &draw).ok();
+            ids.push(token.unwrap_or(0));
+            logits.drawn.push(token.map(|token| {
+                let logprobs = draw.logprobs.map(|top| token_logprobs(&values, token, top));
+                Drawn { token, logprobs: logprobs.transpose().expect("numbers") }
+            }));
         }
-        if let Some(log) = &self.log {
-            log.lock().expect("whole").push(line.trim_start().to_owned());
+        if self.drawn.is_none() {
+            return Ok(Outcome::Ready(logits));
         }
-        let mut values = Vec::new();
-        for chunk in &step.chunks {
-            self.rows(chunk, &mut values);
-        }
-        if fault == Some(Fault::Nan) {
-            values[..self.vocab_size].fill(f32::NAN);
-        }
-        Ok(Logits { values, vocab_size: self.vocab_size, drawn: Vec::new() })
+        self.drawn = Some(ids);
+        self.running.fetch_add(1, Relaxed);
+        Ok(Outcome::Running(Box::new(Drawing(logits, self.running.clone()))))
+    }
+
+    fn draws(&self) -> bool {
+        self.drawn.is_some()
     }
 }
 

@@ -9,7 +9,7 @@ use astrai_rs::cache::block::BlockId;
 use astrai_rs::checkpoint;
 use astrai_rs::config::BLOCK_SIZE;
 use astrai_rs::runner::{CapacityRequest, Runner};
-use astrai_rs::step::{Chunk, Forward, LogitRows, Logits, Step};
+use astrai_rs::step::{Chunk, ChunkTokens, Forward, LogitRows, Logits, Step};
 use safetensors::SafeTensors;
 
 const BLOCKS_PER_SEQUENCE: usize = 8;
@@ -68,12 +68,13 @@ fn blocks(row: usize) -> Vec<BlockId> {
 fn step(runner: &mut Runner, sequences: &[Vec<u32>], starts: &[usize], rows: LogitRows) -> Logits {
     let tables: Vec<_> = (0..sequences.len()).map(blocks).collect();
     let chunks = sequences.iter().zip(starts).zip(&tables).map(|((ids, &start), table)| Chunk {
-        tokens: &ids[start..],
+        tokens: ChunkTokens::Known(&ids[start..]),
         start,
         blocks: &table[..ids.len().div_ceil(BLOCK_SIZE)],
         logits: rows,
     });
-    runner.forward(&Step { chunks: chunks.collect() }, &|| ()).expect("forward")
+    let outcome = runner.forward(&Step { chunks: chunks.collect() }, &|| ()).expect("forward");
+    outcome.wait().expect("forward")
 }
 
 fn argmax(row: &[f32]) -> u32 {

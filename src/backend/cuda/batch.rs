@@ -1,5 +1,7 @@
 //! What the kernels need to know about a batch, in device memory.
 
+use std::ops::Range;
+
 use candle_core::Tensor;
 
 use super::launch::Address;
@@ -18,6 +20,8 @@ const WHOLE: u32 = u32::MAX;
 const NO_SLOT: u32 = u32::MAX;
 /// Most splits that are items of their own: their results are kept until they are merged.
 const MAX_PARTIALS: usize = 2048;
+/// Splits up to which a tile is one item where there are enough of them.
+const LEAST_LONG: usize = 8;
 /// Words of the kernels' structs `AttentionItem` and `MergeItem`.
 const ITEM_WORDS: usize = 7;
 const MERGE_WORDS: usize = 5;
@@ -50,49 +54,99 @@ pub(super) struct PlanSize {
     partials: usize,
 }
 
+/// Attention of a batch, as tiles of queries and splits of keys.
+struct Tiles<'a> {
+    batch: &'a Batch,
+    /// Of the batch, those that count.
+    rows: usize,
+    heads: Heads,
+    window: Option<usize>,
+    cut: Cut,
+}
+
+impl Tiles<'_> {
+    fn runs(&self) -> impl Iterator<Item = &Run> {
+        self.batch.runs.iter().filter(|run| run.rows.start < self.rows)
+    }
+
+    fn group(&self) -> usize {
+        self.heads.num_heads / self.heads.num_kv_heads
+    }
+
+    fn count(&self, run: &Run) -> usize {
+        (run.rows.len() * self.group()).div_ceil(TILE)
+    }
+
+    fn is_long(&self, run: &Run) -> bool {
+        self.cut.prefill_tiles > 1 && self.count(run) >= self.cut.prefill_tiles
+    }
+
+    /// The splits that a tile's queries see.
+    fn splits(&self, run: &Run, tile: usize) -> Range<usize> {
+        let position = |row: usize| self.batch.positions[run.rows.start + row] as usize;
+        let last_row = (((tile + 1) * TILE - 1) / self.group()).min(run.rows.len() - 1);
+        let seen = self.window.unwrap_or(usize::MAX);
+        let first = (position(tile * TILE / self.group()) + 1).saturating_sub(seen) / SPLIT;
+        first..position(last_row) / SPLIT + 1
+    }
+
+    fn is_enough(&self, blocks: usize) -> bool {
+        blocks * self.heads.num_kv_heads >= self.cut.blocks_wanted
+    }
+
+    /// Whether long runs are for `prefill`: there are enough blocks also then.
+    fn prefills(&self) -> bool {
+        let blocks = |run| match self.count(run) {
+            tiles if self.is_long(run) => tiles.div_ceil(self.cut.prefill_tiles),
+            tiles => tiles,
+        };
+        self.is_enough(self.runs().map(blocks).sum())
+    }
+
+    /// Splits up to which a tile is one item.
+    fn most_splits(&self) -> usize {
+        if self.cut.blocks_wanted == 0 {
+            return usize::MAX;
+        }
+        if !self.is_enough(self.runs().map(|run| self.count(run)).sum()) {
+            return 1;
+        }
+        let all = self.runs().flat_map(|run| (0..self.count(run)).map(move |tile| (run, tile)));
+        let splits: usize = all.map(|(run, tile)| self.splits(run, tile).len()).sum();
+        // One that takes twice its share would be waited for.
+        LEAST_LONG.max(2 * splits * self.heads.num_kv_heads / self.cut.blocks_wanted)
+    }
+}
+
 impl Plan {
-    /// For the first `rows` rows of `batch`. Long runs are for `prefill`, and splits no items of their
-    /// own, where there are enough blocks without.
-    fn new(batch: &Batch, rows: usize, heads: Heads, window: Option<usize>, cut: Cut) -> Self {
-        let group = heads.num_heads / heads.num_kv_heads;
-        let runs = || batch.runs.iter().filter(|run| run.rows.start < rows);
-        let tiles = |run: &Run| (run.rows.len() * group).div_ceil(TILE);
-        let each = cut.prefill_tiles.max(1);
-        let is_long = |run: &Run| each > 1 && tiles(run) >= each;
-        let blocks = |run| if is_long(run) { tiles(run).div_ceil(each) } else { tiles(run) };
-        let is_enough = |tiles: usize| tiles * heads.num_kv_heads >= cut.blocks_wanted;
-        let prefills = is_enough(runs().map(blocks).sum());
-        let enough = prefills || is_enough(runs().map(tiles).sum());
+    fn new(tiles: &Tiles<'_>) -> Self {
+        let (prefills, most) = (tiles.prefills(), tiles.most_splits());
         let mut plan = Self::default();
-        for run in runs() {
-            let (first_row, rows) = (run.rows.start, run.rows.len());
-            if prefills && is_long(run) {
-                for tile in (0..tiles(run)).step_by(each) {
-                    let numbers = [first_row, rows, tile, run.blocks.start, 0, 0, 0];
-                    plan.prefills.extend(numbers.map(|number| number as u32));
+        for run in tiles.runs() {
+            let head = |tile| [run.rows.start, run.rows.len(), tile].map(|number| number as u32);
+            let blocks = run.blocks.start as u32;
+            if prefills && tiles.is_long(run) {
+                for tile in (0..tiles.count(run)).step_by(tiles.cut.prefill_tiles) {
+                    plan.prefills.extend(head(tile));
+                    plan.prefills.extend([blocks, 0, 0, 0]);
                 }
                 continue;
             }
-            for tile in 0..tiles(run) {
-                let last_row = (((tile + 1) * TILE - 1) / group).min(rows - 1);
-                let position = |row: usize| batch.positions[first_row + row] as usize;
-                let seen = window.unwrap_or(usize::MAX);
-                let first = (position(tile * TILE / group) + 1).saturating_sub(seen) / SPLIT;
-                let splits = first..position(last_row) / SPLIT + 1;
-                let head = [first_row, rows, tile].map(|number| number as u32);
-                plan.add(head, run.blocks.start as u32, splits, enough);
+            for tile in 0..tiles.count(run) {
+                plan.add(head(tile), blocks, tiles.splits(run, tile), most);
             }
         }
         plan
     }
 
-    fn add(&mut self, head: [u32; 3], blocks: u32, splits: std::ops::Range<usize>, enough: bool) {
+    /// Adds a tile, as one item where it has no more than `most` splits.
+    fn add(&mut self, head: [u32; 3], blocks: u32, splits: Range<usize>, most: usize) {
         let mut item = |first: usize, last: usize, partial: u32| {
             self.items.extend(head);
             self.items.extend([blocks, first as u32, last as u32, partial]);
         };
         let partial = self.num_partials;
-        if enough || splits.len() == 1 || partial + splits.len() > MAX_PARTIALS {
+        if splits.len() <= most || partial + splits.len() > MAX_PARTIALS {
             item(splits.start, splits.end - 1, WHOLE);
             return;
         }
@@ -173,7 +227,7 @@ pub(super) fn words(
     places: Option<&Places>,
 ) -> (Vec<u32>, Places) {
     let cut = cuda.cut(heads);
-    let plan = |&window: &Option<usize>| Plan::new(batch, rows, heads, window, cut);
+    let plan = |&window: &Option<usize>| Plan::new(&Tiles { batch, rows, heads, window, cut });
     let plans: Vec<Plan> = windows.iter().map(plan).collect();
     let exact = || {
         Places::new(

@@ -1,13 +1,18 @@
 //! Tokens from logits, and what these say of them.
 
+use std::sync::Arc;
+
 use candle_core::{DType, Tensor};
 
-use super::launch::{Grid, SampleArgs, ScoreArgs};
-use super::{Cuda, address};
+use super::launch::{FollowArgs, Grid, SampleArgs, ScoreArgs};
+use super::staging::Transfer;
+use super::{Cuda, DeviceBatch, address};
+use crate::backend::{Batch, DrawnTokens};
 use crate::draw::{Draw, Drawn, RowSummary};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 const SAMPLE_THREADS: u32 = 32 * 32;
+const FOLLOW_THREADS: usize = 256;
 /// Words of the kernel's `Score`.
 const SCORE_WORDS: usize = 6;
 /// Its sums count in units of 1 / 2⁴⁰.
@@ -15,59 +20,96 @@ const UNIT: f64 = 1.0 / (1_u64 << 40) as f64;
 /// A logit was no number.
 const NO_TOKEN: u32 = u32::MAX;
 
-impl Cuda {
-    /// A token for each row and draw; `None` where a logit is no number.
-    pub(in crate::backend) fn draw(
-        &self,
-        logits: &Tensor,
-        draws: &[(u32, Draw)],
-    ) -> Result<Vec<Option<Drawn>>> {
-        let tokens = self.empty(draws.len(), DType::U32)?;
-        let words =
-            self.upload(draws.iter().flat_map(|(row, draw)| words_of(*row, draw)).collect())?;
-        let args = SampleArgs {
-            logits: address(logits)?,
-            draws: address(&words)?,
-            tokens: address(&tokens)?,
-            vocab: logits.dims()[1] as u32,
-        };
-        self.queue("sample", Grid::each(draws.len(), SAMPLE_THREADS), args)?;
-        let mut summaries = self.summaries(logits, draws, &tokens)?.into_iter();
-        let drawn = tokens.to_vec1::<u32>()?.into_iter().zip(draws).map(|(token, (_, draw))| {
-            let summary = draw.logprobs.and_then(|_| summaries.next());
+/// Tokens on their way.
+pub struct PendingDraws {
+    cuda: Arc<Cuda>,
+    /// Their ids, then the scores of those draws that ask for log-probabilities.
+    results: Tensor,
+    copied: Transfer,
+    /// For each draw, how many of the likeliest tokens it asks for.
+    asks: Vec<Option<usize>>,
+    /// Words of a score.
+    stride: usize,
+}
+
+impl PendingDraws {
+    /// The tokens, before they are known here.
+    #[must_use]
+    pub fn tokens(&self) -> DrawnTokens {
+        DrawnTokens { ids: self.results.clone() }
+    }
+
+    /// Waits for the tokens; `None` where a row of the logits holds NaN or infinity.
+    pub fn wait(self) -> Result<Vec<Option<Drawn>>> {
+        let words = self.cuda.staging.finish(self.copied)?;
+        let (tokens, scores) = words.split_at(self.asks.len().next_multiple_of(2));
+        let mut scores = scores.chunks_exact(self.stride);
+        let drawn = tokens.iter().zip(self.asks).map(|(&token, ask)| {
+            let summary = ask.and_then(|top| Some(summary_of(scores.next()?, top)));
             let logprobs = || summary.map(|summary| summary.logprobs());
             (token != NO_TOKEN).then(|| Drawn { token, logprobs: logprobs() })
         });
         Ok(drawn.collect())
     }
+}
 
-    /// What the rows say of their tokens, for the draws that ask for it.
-    fn summaries(
-        &self,
+impl std::fmt::Debug for PendingDraws {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "PendingDraws({})", self.asks.len())
+    }
+}
+
+impl Cuda {
+    /// Queues the draw of a token for each row and draw.
+    pub(in crate::backend) fn draw(
+        self: &Arc<Self>,
         logits: &Tensor,
         draws: &[(u32, Draw)],
-        tokens: &Tensor,
-    ) -> Result<Vec<RowSummary>> {
+    ) -> Result<PendingDraws> {
         let vocab = logits.dims()[1];
-        let asks = (0..).zip(draws).filter_map(|(place, (row, draw)): (u32, _)| {
-            Some([*row, place, draw.logprobs?.min(vocab) as u32])
-        });
-        let asks: Vec<[u32; 3]> = asks.collect();
-        let Some(most) = asks.iter().map(|ask| ask[2]).max() else { return Ok(Vec::new()) };
-        let stride = SCORE_WORDS + 2 * most as usize;
-        let scores = self.empty((asks.len(), stride), DType::U32)?;
-        let words = self.upload(asks.concat())?;
+        let asks: Vec<_> =
+            draws.iter().map(|(_, draw)| draw.logprobs.map(|top| top.min(vocab))).collect();
+        let scored: Vec<[u32; 3]> = (0..)
+            .zip(draws.iter().zip(&asks))
+            .filter_map(|(place, ((row, _), ask))| Some([*row, place, (*ask)? as u32]))
+            .collect();
+        let stride = SCORE_WORDS + 2 * asks.iter().flatten().max().copied().unwrap_or(0);
+        let mut words: Vec<u32> =
+            draws.iter().flat_map(|(row, draw)| words_of(*row, draw)).collect();
+        let first_ask = words.len();
+        words.extend(scored.as_flattened());
+        let words = self.upload(&words)?;
+        // A score begins with a number of two words.
+        let first_score = draws.len().next_multiple_of(2);
+        let results = self.empty(first_score + scored.len() * stride, DType::U32)?;
+
+        let at = |tensor, word: usize| Ok::<_, Error>(address(tensor)? + 4 * word as u64);
+        let (logits, tokens) = (address(logits)?, at(&results, 0)?);
+        let args = SampleArgs { logits, draws: at(&words, 0)?, tokens, vocab: vocab as u32 };
+        self.queue("sample", Grid::each(draws.len(), SAMPLE_THREADS), args)?;
         let args = ScoreArgs {
-            logits: address(logits)?,
-            asks: address(&words)?,
-            tokens: address(tokens)?,
-            scores: address(&scores)?,
+            logits,
+            asks: at(&words, first_ask)?,
+            tokens,
+            scores: at(&results, first_score)?,
             vocab: vocab as u32,
             stride: stride as u32,
         };
-        self.queue("score", Grid::each(asks.len(), SAMPLE_THREADS), args)?;
-        let scores = scores.to_vec2::<u32>()?;
-        Ok(scores.iter().zip(asks).map(|(words, ask)| summary_of(words, ask[2] as usize)).collect())
+        self.queue("score", Grid::each(scored.len(), SAMPLE_THREADS), args)?;
+        let copied = self.staging.copy_out(&self.stream, tokens, results.elem_count())?;
+        Ok(PendingDraws { cuda: self.clone(), results, copied, asks, stride })
+    }
+
+    /// Puts the tokens that `batch` follows where its ids are looked for.
+    pub(super) fn follow(&self, batch: &Batch, placed: &DeviceBatch) -> Result<()> {
+        let Some(DrawnTokens { ids: tokens }) = &batch.follows else { return Ok(()) };
+        let len = batch.ids.len();
+        if let Some(place) = batch.ids.iter().find(|&&place| place as usize >= tokens.elem_count())
+        {
+            return Err(Error::bug(format!("there is no draw {place} to follow")));
+        }
+        let args = FollowArgs { ids: placed.ids()?, tokens: address(tokens)?, rows: len as u32 };
+        self.queue("follow", Grid::each(len.div_ceil(FOLLOW_THREADS), FOLLOW_THREADS as u32), args)
     }
 }
 

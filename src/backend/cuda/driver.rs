@@ -10,11 +10,16 @@ use std::ffi::{CStr, c_int, c_void};
 use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use candle_core::cuda_backend::cudarc::driver::sys;
+
 use super::memory;
 use crate::error::{Error, ErrorKind, Result};
 
 /// The driver of Linux, whatever its version.
 const DRIVER: &CStr = c"libcuda.so.1";
+
+/// As `cuDriverGetVersion` gives it.
+const CUDA_VERSION: c_int = 13_000;
 
 /// A function that somebody calls by name.
 struct Slot {
@@ -68,7 +73,7 @@ macro_rules! jumps {
 }
 
 jumps! { DRIVER_SLOTS in driver:
-    cuInit cuDeviceGet cuDeviceGetCount cuDeviceGetName cuDeviceGetAttribute
+    cuInit cuDriverGetVersion cuDeviceGet cuDeviceGetCount cuDeviceGetName cuDeviceGetAttribute
     cuDevicePrimaryCtxRetain cuDevicePrimaryCtxRelease_v2
     cuCtxGetCurrent cuCtxSetCurrent cuCtxSynchronize cuCtxDestroy_v2
     cuModuleLoad cuModuleLoadData cuModuleGetFunction cuModuleUnload
@@ -148,7 +153,23 @@ pub(super) fn load() -> Result<()> {
             slot.fill(answer);
         }
     }
+    check_version()?;
     *loaded = true;
+    Ok(())
+}
+
+/// The kernels are of CUDA 13: older drivers cannot read them.
+fn check_version() -> Result<()> {
+    let mut version = 0;
+    // SAFETY: the slot has been filled; the driver writes a number.
+    let status = unsafe { sys::cuDriverGetVersion(&raw mut version) };
+    if status != sys::CUresult::CUDA_SUCCESS || version < CUDA_VERSION {
+        let (major, minor) = (version / 1000, version % 1000 / 10);
+        return Err(unavailable(format!(
+            "the NVIDIA driver is too old: it is for CUDA {major}.{minor}; needed: one for CUDA 13.0 or newer \
+             (version 580)"
+        )));
+    }
     Ok(())
 }
 
@@ -180,7 +201,7 @@ impl Library {
         let function = unsafe { libc::dlsym(self.handle, name.as_ptr()) };
         if function.is_null() {
             return Err(unavailable(format!(
-                "the NVIDIA driver is too old: it has no {}; needed: one for CUDA 12.0 or newer",
+                "the NVIDIA driver is too old: it has no {}; needed: one for CUDA 13.0 or newer (version 580)",
                 name.to_string_lossy()
             )));
         }

@@ -1,29 +1,34 @@
 //! CUDA graphs of steps in which every sequence decodes one token.
 //!
 //! A graph has a fixed number of rows; a step takes the next larger one and pads. All that differs from
-//! step to step lies in one buffer of device memory, refreshed by one copy from pinned memory. A graph
+//! step to step lies in one buffer of device memory, refreshed by one copy. A graph
 //! is captured when a step of its size has run once, so all memory that it needs is there.
 //!
 //! What a graph leaves in its intermediate buffers is dead after the step, so all graphs and all other
 //! steps share them. Nothing that outlives a step may be allocated after the first capture.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
+use candle_core::cuda_backend::cudarc::driver::CudaGraph;
 use candle_core::cuda_backend::cudarc::driver::sys::{
     CUgraphInstantiate_flags, CUstreamCaptureMode,
 };
-use candle_core::cuda_backend::cudarc::driver::{CudaGraph, PinnedHostSlice};
 use candle_core::{DType, Tensor};
 
 use super::batch::{DeviceBatch, Places, PlanSize, words};
-use super::{Cuda, address, failed};
+use super::{Cuda, address, failed, memory};
 use crate::backend::{Batch, Heads, Placement, Run};
 use crate::config::BLOCK_SIZE;
 use crate::error::{Error, Result};
 
 /// Steps of more rows are launched kernel by kernel, which they are long enough to hide.
 const MAX_ROWS: usize = 512;
+/// Captures that may come to nothing before there are no more.
+const MAX_FAILURES: usize = 16;
+
+/// Held while a graph is captured, and while a device is opened: that waits for the whole GPU.
+pub(super) static CAPTURE: Mutex<()> = Mutex::new(());
 
 /// What all graphs share, and the graphs by their number of rows.
 pub struct DecodeGraphs {
@@ -34,8 +39,9 @@ pub struct DecodeGraphs {
     rows: usize,
     positions: usize,
     numbers: Tensor,
-    pinned: PinnedHostSlice<u32>,
     graphs: HashMap<usize, Graph>,
+    /// Captures that came to nothing.
+    failures: usize,
 }
 
 struct Graph {
@@ -57,11 +63,9 @@ impl DecodeGraphs {
         let rows = padded(rows.min(MAX_ROWS));
         let sizes = distinct.iter().map(|&w| (w, PlanSize::of_decode(rows, positions, heads)));
         let size = Places::new(rows, sizes).words(rows * positions.div_ceil(BLOCK_SIZE));
-        // SAFETY: plain numbers, each written before it is copied.
-        let pinned = unsafe { cuda.stream.context().alloc_pinned(size) }.map_err(failed)?;
         let numbers = cuda.empty(size, DType::U32)?;
         let (cuda, graphs) = (cuda.clone(), HashMap::new());
-        Ok(Self { cuda, heads, windows: distinct, rows, positions, numbers, pinned, graphs })
+        Ok(Self { cuda, heads, windows: distinct, rows, positions, numbers, graphs, failures: 0 })
     }
 
     /// The logits `[rows, vocab]` of `batch`, every row of which is a sequence of its own and wants them.
@@ -82,7 +86,9 @@ impl DecodeGraphs {
             return Ok(Some(graph.logits.narrow(0, 0, rows)?));
         }
         let logits = forward(&batch)?;
-        self.capture(&batch, forward)?;
+        if self.failures < MAX_FAILURES {
+            self.capture(&batch, forward)?;
+        }
         logits.map(|logits| Ok(logits.narrow(0, 0, rows)?)).transpose()
     }
 
@@ -92,15 +98,14 @@ impl DecodeGraphs {
         let places = Places::new(batch.ids.len(), self.windows.iter().map(|&w| (w, size)));
         let (words, places) =
             words(&self.cuda, &batch, rows, self.heads, &self.windows, Some(&places));
-        self.cuda.stream.synchronize().map_err(failed)?; // the last copy has left the pinned memory
-        let pinned = self.pinned.as_mut_slice().map_err(failed)?;
-        let room = pinned.len();
-        let staged = pinned.get_mut(..words.len()).ok_or_else(|| {
-            Error::bug(format!("a decode step has {} words, with room for {room}", words.len()))
-        })?;
-        staged.copy_from_slice(&words);
-        self.cuda.copy_in(staged, address(&self.numbers)?)?;
+        let room = self.numbers.elem_count();
+        if words.len() > room {
+            let len = words.len();
+            return Err(Error::bug(format!("a decode step has {len} words, with room for {room}")));
+        }
+        self.cuda.staging.copy_in(&self.cuda.stream, &words, address(&self.numbers)?)?;
         let placed = DeviceBatch::new(self.numbers.clone(), places);
+        self.cuda.follow(&batch, &placed)?;
         batch.placement = Placement { cuda: Some(placed) };
         Ok(batch)
     }
@@ -111,13 +116,21 @@ impl DecodeGraphs {
         mut forward: impl FnMut(&Batch) -> Result<Option<Tensor>>,
     ) -> Result<()> {
         let stream = &self.cuda.stream;
-        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        let _alone = CAPTURE.lock().unwrap_or_else(PoisonError::into_inner);
+        // A step may take its first memory here, which other modes forbid.
+        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         stream.begin_capture(mode).map_err(failed)?;
+        memory::capture(stream.cu_stream().cast(), true);
         let logits = forward(batch);
-        let captured = stream.end_capture(CUgraphInstantiate_flags(0)).map_err(failed);
-        if let (Some(logits), Some(captured)) = (logits?, captured?) {
-            captured.upload().map_err(failed)?;
-            self.graphs.insert(batch.ids.len(), Graph { captured, logits });
+        memory::capture(stream.cu_stream().cast(), false);
+        let captured = stream.end_capture(CUgraphInstantiate_flags(0));
+        match (logits, captured) {
+            (Ok(Some(logits)), Ok(Some(captured))) => {
+                captured.upload().map_err(failed)?;
+                self.graphs.insert(batch.ids.len(), Graph { captured, logits });
+            }
+            // Somebody else in the process may have waited for the whole GPU, which ends a capture.
+            _ => self.failures += 1,
         }
         Ok(())
     }

@@ -25,7 +25,7 @@ const MODULES: [(&[u8], &[&str]); 7] = [
         &["embedding", "gather_rows", "rms_norm_{}", "gate_attention_{}", "gated_activation_{}"],
     ),
     (include_bytes!(concat!(env!("OUT_DIR"), "/rope.fatbin")), &["rope_and_cache_{}"]),
-    (include_bytes!(concat!(env!("OUT_DIR"), "/sample.fatbin")), &["sample", "score"]),
+    (include_bytes!(concat!(env!("OUT_DIR"), "/sample.fatbin")), &["sample", "score", "follow"]),
     (
         include_bytes!(concat!(env!("OUT_DIR"), "/linear.fatbin")),
         &[
@@ -92,6 +92,8 @@ arguments! {
     GatherArgs { x: Address, rows: Address, out: Address, words: u32 }
     /// `sample`.
     SampleArgs { logits: Address, draws: Address, tokens: Address, vocab: u32 }
+    /// `follow`.
+    FollowArgs { ids: Address, tokens: Address, rows: u32 }
     /// `score`.
     ScoreArgs {
         logits: Address, asks: Address, tokens: Address, scores: Address, vocab: u32, stride: u32,

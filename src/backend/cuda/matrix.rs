@@ -1,10 +1,12 @@
 //! Weights in device memory: as numbers of the compute type, or quantised in the order in which
 //! `kernels/weights.cuh` describes them.
 
+use candle_core::cuda_backend::cudarc::driver::result;
 use candle_core::{DType, Tensor};
 use half::{bf16, f16};
 
-use super::{Cuda, address};
+use super::launch::Address;
+use super::{Cuda, address, failed};
 use crate::backend::reference::dequantize;
 use crate::error::Result;
 use crate::weights::{Encoding, StoredTensor};
@@ -90,7 +92,7 @@ impl Cuda {
         let weight = if format != Format::Dense {
             let packed = packed(parts, outs, format);
             let weight = self.empty(packed.len() / 4, DType::U32)?;
-            self.copy_in(&packed, address(&weight)?)?;
+            self.copy_weights(&packed, address(&weight)?)?;
             weight
         } else if same && stored_as(self.dtype) == encoding {
             self.copied(parts, (outs, cols))?
@@ -117,10 +119,17 @@ impl Cuda {
         let weight = self.empty(shape, self.dtype)?;
         let mut to = address(&weight)?;
         for part in parts {
-            self.copy_in(part.data.as_slice(), to)?;
+            self.copy_weights(part.data.as_slice(), to)?;
             to += part.data.as_slice().len() as u64;
         }
         Ok(weight)
+    }
+
+    /// Copies from where the numbers lie, and waits: they may go afterwards.
+    fn copy_weights(&self, bytes: &[u8], to: Address) -> Result<()> {
+        // SAFETY: callers give addresses of tensors with room for the bytes.
+        unsafe { result::memcpy_htod_async(to, bytes, self.stream.cu_stream()) }.map_err(failed)?;
+        self.stream.synchronize().map_err(failed)
     }
 
     /// Bytes that `len` numbers take when they are stored as `encoding`, about.

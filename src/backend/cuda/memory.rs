@@ -2,10 +2,11 @@
 //!
 //! Freed memory stays with its stream until that ends, and is given out again at once: what is freed in stream order may
 //! be reused in stream order. So steps allocate nothing from the driver once one of their size has run,
-//! and a captured graph finds its memory where it was. Memory that a graph knows must never go to
-//! something that outlives a step: weights and caches are made before the first capture.
+//! and a captured graph finds its memory where it was. Memory that a graph knows never goes back to the driver
+//! before its stream does, and must never go to something that outlives a step: weights and caches are made
+//! before the first capture.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::{c_int, c_void};
 use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::{LazyLock, Mutex, PoisonError};
@@ -28,11 +29,23 @@ struct Pool {
     free: BTreeMap<usize, Vec<u64>>,
     /// Size of each block that the driver gave.
     sizes: HashMap<u64, usize>,
+    /// Blocks that graphs know.
+    kept: HashSet<u64>,
+    /// Whether a graph is being captured.
+    capturing: bool,
     /// Bytes of the last request that failed.
     refused: Option<usize>,
 }
 
 impl Pool {
+    /// Gives a block out.
+    fn give(&mut self, block: u64) -> u64 {
+        if self.capturing {
+            self.kept.insert(block);
+        }
+        block
+    }
+
     /// A free block of `size` bytes or a little more.
     fn take(&mut self, size: usize) -> Option<u64> {
         let (&found, blocks) = self.free.range_mut(size..=size + size / 4).next()?;
@@ -43,13 +56,16 @@ impl Pool {
         block
     }
 
-    /// Gives all free blocks back to the driver.
+    /// Gives free blocks back to the driver, but for those that graphs know.
     fn trim(&mut self) {
-        for block in std::mem::take(&mut self.free).into_values().flatten() {
-            self.sizes.remove(&block);
-            // SAFETY: the driver gave the block, and nobody holds it.
-            unsafe { sys::cuMemFree_v2(block) };
+        for blocks in self.free.values_mut() {
+            for block in blocks.extract_if(.., |block| !self.kept.contains(block)) {
+                self.sizes.remove(&block);
+                // SAFETY: the driver gave the block, and nobody holds it.
+                unsafe { sys::cuMemFree_v2(block) };
+            }
         }
+        self.free.retain(|_, blocks| !blocks.is_empty());
     }
 }
 
@@ -67,14 +83,14 @@ pub(super) unsafe extern "C" fn alloc_async(
     let size = bytes.max(1).next_multiple_of(GRANULE);
     if let Some(block) = pool.take(size) {
         // SAFETY: the caller's contract.
-        unsafe { out.write(block) };
+        unsafe { out.write(pool.give(block)) };
         return 0;
     }
     let mut block = 0;
     // SAFETY: `block` is valid for a write. Free blocks may still be in use by work that was queued
     // before they were freed, and the driver waits for that before it takes them back.
     let mut status = unsafe { sys::cuMemAlloc_v2(&raw mut block, size) } as c_int;
-    if status == OUT_OF_MEMORY && !pool.free.is_empty() {
+    if status == OUT_OF_MEMORY && !pool.free.is_empty() && !pool.capturing {
         pool.trim();
         // SAFETY: as above.
         status = unsafe { sys::cuMemAlloc_v2(&raw mut block, size) } as c_int;
@@ -83,7 +99,7 @@ pub(super) unsafe extern "C" fn alloc_async(
         0 => {
             pool.sizes.insert(block, size);
             // SAFETY: the caller's contract.
-            unsafe { out.write(block) };
+            unsafe { out.write(pool.give(block)) };
         }
         OUT_OF_MEMORY => pool.refused = Some(bytes),
         _ => {}
@@ -111,6 +127,7 @@ pub(super) unsafe extern "C" fn free_async(block: u64, stream: *mut c_void) -> c
 pub(super) unsafe extern "C" fn destroy_stream(stream: *mut c_void) -> c_int {
     let mut pools = POOLS.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(mut pool) = pools.remove(&(stream as usize)) {
+        pool.kept.clear();
         pool.trim();
     }
     // SAFETY: `load` left the driver's function of this type there before anybody could call this.
@@ -118,6 +135,12 @@ pub(super) unsafe extern "C" fn destroy_stream(stream: *mut c_void) -> c_int {
         unsafe { std::mem::transmute(DESTROY_STREAM.load(Ordering::Acquire)) };
     // SAFETY: the caller's contract.
     unsafe { destroy(stream) }
+}
+
+/// Says that a graph is being captured on `stream`, or is no longer.
+pub(super) fn capture(stream: *mut c_void, capturing: bool) {
+    let mut pools = POOLS.lock().unwrap_or_else(PoisonError::into_inner);
+    pools.entry(stream as usize).or_default().capturing = capturing;
 }
 
 /// Bytes of the last request that found no memory, once.

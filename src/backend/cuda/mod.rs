@@ -14,11 +14,12 @@ mod launch;
 mod matrix;
 mod memory;
 mod ops;
+mod staging;
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute;
-use candle_core::cuda_backend::cudarc::driver::{CudaStream, DevicePtr, result};
+use candle_core::cuda_backend::cudarc::driver::{CudaStream, DevicePtr};
 use candle_core::cuda_backend::{CudaDType, CudaDevice};
 use candle_core::{DType, Device, Layout, Shape, Storage, Tensor};
 use half::{bf16, f16};
@@ -26,15 +27,18 @@ use half::{bf16, f16};
 use super::{Batch, Heads};
 use crate::error::{Error, ErrorKind, Result};
 pub(super) use batch::DeviceBatch;
+pub use draw::PendingDraws;
 pub use graph::DecodeGraphs;
 use launch::{Address, Kernels};
 pub(super) use matrix::Matrix;
+use staging::Staging;
 
 /// A GPU with our kernels.
 pub(super) struct Cuda {
     device: CudaDevice,
     stream: Arc<CudaStream>,
     kernels: Kernels,
+    staging: Staging,
     /// Type of activations, weights and cache.
     dtype: DType,
     multiprocessors: usize,
@@ -52,7 +56,10 @@ impl Cuda {
         let unavailable = |error: candle_core::Error| {
             Error::from(error).context(format!("GPU {ordinal} cannot be used"))
         };
-        let device = CudaDevice::new_with_stream(ordinal).map_err(unavailable)?;
+        let device = {
+            let _alone = graph::CAPTURE.lock().unwrap_or_else(PoisonError::into_inner);
+            CudaDevice::new_with_stream(ordinal).map_err(unavailable)?
+        };
         // SAFETY: everything of this device runs on its one stream.
         unsafe { device.disable_event_tracking() };
         let stream = device.cuda_stream();
@@ -63,7 +70,8 @@ impl Cuda {
             attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
         let kernels = Kernels::load(stream.context(), shared as u32)?;
         let shared_bytes = shared as usize;
-        Ok(Self { device, stream, kernels, dtype, multiprocessors, shared_bytes })
+        let staging = Staging::default();
+        Ok(Self { device, stream, kernels, staging, dtype, multiprocessors, shared_bytes })
     }
 
     pub(super) fn dtype(&self) -> DType {
@@ -106,16 +114,10 @@ impl Cuda {
     }
 
     /// A vector in device memory.
-    fn upload(&self, numbers: Vec<u32>) -> Result<Tensor> {
-        let len = numbers.len();
-        Tensor::from_vec(numbers, len, &self.device()).map_err(|error| self.explain(error))
-    }
-
-    /// Queues a copy of `numbers` to device memory.
-    fn copy_in<T>(&self, numbers: &[T], to: Address) -> Result<()> {
-        // SAFETY: callers give plain numbers, addresses of tensors with room for them, and keep pinned
-        // ones as they are until the stream has read them; of other memory the driver takes a copy.
-        unsafe { result::memcpy_htod_async(to, numbers, self.stream.cu_stream()) }.map_err(failed)
+    fn upload(&self, numbers: &[u32]) -> Result<Tensor> {
+        let tensor = self.empty(numbers.len(), DType::U32)?;
+        self.staging.copy_in(&self.stream, numbers, address(&tensor)?)?;
+        Ok(tensor)
     }
 
     /// Puts a batch into device memory, with plans for attention with these windows.
@@ -130,7 +132,9 @@ impl Cuda {
         distinct.dedup();
         let rows = batch.positions.len();
         let (words, places) = batch::words(self, batch, rows, heads, &distinct, None);
-        Ok(DeviceBatch::new(self.upload(words)?, places))
+        let placed = DeviceBatch::new(self.upload(&words)?, places);
+        self.follow(batch, &placed)?;
+        Ok(placed)
     }
 
     fn is_exact(&self) -> bool {

@@ -207,7 +207,7 @@ impl Cuda {
         if rows.is_empty() {
             return Ok(out);
         }
-        let rows = self.upload(rows.to_vec())?;
+        let rows = self.upload(rows)?;
         let args = GatherArgs {
             x: address(x)?,
             rows: address(&rows)?,

@@ -67,3 +67,4 @@ BROKEN_KERNEL(copy_into_what_others_read) {
     copy_wait<0>();
 }
 BROKEN_KERNEL(unaligned_load) { args.data[threadIdx.x] = float(load16(args.data + 1).x); }
+BROKEN_KERNEL(unaligned_store) { *reinterpret_cast<uint2 *>(args.data + 1 + threadIdx.x / 32) = uint2{1, 2}; }

@@ -353,7 +353,9 @@ void on_fault(int signal, siginfo_t *info, void *) {
     sigemptyset(&faults);
     sigaddset(&faults, SIGSEGV);
     sigaddset(&faults, SIGBUS);
+    sigaddset(&faults, SIGILL);
     sigprocmask(SIG_UNBLOCK, &faults, nullptr);
+    if (signal == SIGILL) fail("a number is read or written at no multiple of its alignment");
     fail("access to %s", describe(info->si_addr).c_str());
 }
 
@@ -367,6 +369,7 @@ void catch_faults() {
     action.sa_flags = SA_SIGINFO | SA_NODEFER;
     sigaction(SIGSEGV, &action, nullptr);
     sigaction(SIGBUS, &action, nullptr);
+    sigaction(SIGILL, &action, nullptr);
 }
 
 const Kernel *&kernels() {

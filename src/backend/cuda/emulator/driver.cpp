@@ -26,6 +26,7 @@ enum Result : int {
     ILLEGAL_ADDRESS = 700,
     INVALID_CONTEXT = 201,
     CAPTURE_UNSUPPORTED = 900,
+    CAPTURE_INVALIDATED = 901,
 };
 
 // A piece of queued work. False: it failed, and says why.
@@ -38,7 +39,8 @@ struct Graph {
 struct Stream {
     std::deque<Work> queue;
     uint64_t queued = 0, done = 0;
-    bool capturing = false;
+    bool capturing = false, invalid = false;  // a capture; one that something forbidden has ended
+    int mode = 0;
     Graph captured;
 };
 
@@ -81,9 +83,10 @@ int fault(const std::string &report) {
     return sticky = ILLEGAL_ADDRESS;
 }
 
-int finish(Stream *stream) {
+// Does what is queued, or the first of it: until `last` pieces in all are done.
+int finish(Stream *stream, uint64_t last = UINT64_MAX) {
     if (stream->capturing) return CAPTURE_UNSUPPORTED;
-    while (!stream->queue.empty()) {
+    while (!stream->queue.empty() && stream->done < last) {
         const Work work = std::move(stream->queue.front());
         stream->queue.pop_front();
         stream->done++;
@@ -100,8 +103,22 @@ int finish_all() {
     return sticky;
 }
 
+constexpr int RELAXED = 2;
+
+// Ends captures, but for those of mode `allowed`, with something that is forbidden while they last.
+int forbid(int allowed) {
+    int status = SUCCESS;
+    for (Stream *stream : streams) {
+        if (!stream->capturing || stream->mode == allowed) continue;
+        stream->invalid = true;
+        status = CAPTURE_UNSUPPORTED;
+    }
+    return status;
+}
+
 int enqueue(void *handle, Work work) {
     Stream *stream = stream_of(handle);
+    if (stream->capturing && stream->invalid) return CAPTURE_INVALIDATED;
     if (stream->capturing) {
         stream->captured.nodes.push_back(std::move(work));
     } else {
@@ -132,7 +149,7 @@ Work copy(void *to, const void *from, size_t bytes, bool check_to, bool check_fr
 }
 
 int wait_event(Event *event) {
-    return event->stream && event->stream->done < event->after ? finish(event->stream) : sticky;
+    return event->stream && event->stream->done < event->after ? finish(event->stream, event->after) : sticky;
 }
 
 using Guard = std::lock_guard<std::recursive_mutex>;
@@ -142,6 +159,10 @@ using Guard = std::lock_guard<std::recursive_mutex>;
 extern "C" {
 
 int cu_init(unsigned) { return sticky; }
+int cu_driver_get_version(int *version) {
+    *version = 13000;
+    return SUCCESS;
+}
 int cu_device_get(int *device, int ordinal) {
     *device = ordinal;
     return ordinal == 0 ? SUCCESS : 101;  // INVALID_DEVICE
@@ -179,6 +200,7 @@ int cu_ctx_set_current(void *given) {
 }
 int cu_ctx_synchronize() {
     Guard guard(lock);
+    if (const int status = forbid(-1)) return status;
     return finish_all();
 }
 int cu_ctx_destroy(void *) { return SUCCESS; }
@@ -223,6 +245,7 @@ int cu_launch_kernel(void *handle, unsigned gx, unsigned gy, unsigned gz, unsign
 int cu_mem_alloc(void **out, size_t bytes) {
     Guard guard(lock);
     if (sticky) return sticky;
+    if (const int status = forbid(RELAXED)) return status;
     if (allocated_bytes() + bytes > total_memory()) return OUT_OF_MEMORY;
     counts["allocations"]++;
     *out = allocate(bytes);
@@ -230,6 +253,7 @@ int cu_mem_alloc(void **out, size_t bytes) {
 }
 int cu_mem_free(void *start) {
     Guard guard(lock);
+    if (const int status = forbid(RELAXED)) return status;
     finish_all();
     std::string report;
     return release(start, report) ? sticky : fault(report);
@@ -241,6 +265,7 @@ int cu_mem_get_info(size_t *free, size_t *total) {
 }
 int cu_mem_host_alloc(void **out, size_t bytes, unsigned) {
     Guard guard(lock);
+    if (const int status = forbid(RELAXED)) return status;
     *out = aligned_alloc(64, (bytes + 63) / 64 * 64);
     pinned[static_cast<char *>(*out)] = bytes;
     return SUCCESS;
@@ -309,10 +334,12 @@ int cu_stream_is_capturing(void *stream, int *status) {
     *status = stream_of(stream)->capturing;
     return SUCCESS;
 }
-int cu_stream_begin_capture(void *stream, int) {
+int cu_stream_begin_capture(void *stream, int mode) {
     Guard guard(lock);
     if (stream_of(stream) == &default_stream || stream_of(stream)->capturing) return CAPTURE_UNSUPPORTED;
     stream_of(stream)->capturing = true;
+    stream_of(stream)->invalid = false;
+    stream_of(stream)->mode = mode;
     stream_of(stream)->captured = {};
     return SUCCESS;
 }
@@ -320,6 +347,7 @@ int cu_stream_end_capture(void *stream, void **graph) {
     Guard guard(lock);
     if (!stream_of(stream)->capturing) return CAPTURE_UNSUPPORTED;
     stream_of(stream)->capturing = false;
+    if (stream_of(stream)->invalid) return CAPTURE_INVALIDATED;
     *graph = new Graph(std::move(stream_of(stream)->captured));
     return SUCCESS;
 }
@@ -411,7 +439,7 @@ size_t emulated_argument_bytes(const char *kernel) {
 void *emulated_driver(const char *name) {
     static const std::map<std::string, void *> functions = {
 #define AS(name, function) {#name, reinterpret_cast<void *>(function)}
-        AS(cuInit, cu_init), AS(cuDeviceGet, cu_device_get), AS(cuDeviceGetCount, cu_device_get_count),
+        AS(cuInit, cu_init), AS(cuDriverGetVersion, cu_driver_get_version), AS(cuDeviceGet, cu_device_get), AS(cuDeviceGetCount, cu_device_get_count),
         AS(cuDeviceGetName, cu_device_get_name), AS(cuDeviceGetAttribute, cu_device_get_attribute),
         AS(cuDevicePrimaryCtxRetain, cu_ctx_retain), AS(cuDevicePrimaryCtxRelease_v2, cu_ctx_release),
         AS(cuCtxGetCurrent, cu_ctx_get_current), AS(cuCtxSetCurrent, cu_ctx_set_current),

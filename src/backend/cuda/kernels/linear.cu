@@ -69,10 +69,11 @@ __device__ inline void store_tiles(const Shared<float> &partial, int at, const f
     }
 }
 
-// Adds W[panel, start … end] · x[8 · TILES rows]ᵀ to `sums`.
+// Adds W[panel, start … end] · x[8 · TILES rows]ᵀ to `sums`. `last` is the last column from which x has eight:
+// beyond the end, where the weights are zeros, those are read, so that no load waits for a branch.
 template <typename T, int FORMAT, int TILES>
 __device__ inline void multiply_slice(float (&sums)[TILES][4], const Panel<T, FORMAT> &panel,
-                                      const T *const (&x)[TILES], uint32_t start, uint32_t end) {
+                                      const T *const (&x)[TILES], uint32_t start, uint32_t end, uint32_t last) {
     for (; start < end; start += UNROLL * CHUNK) {
         Stored<FORMAT> stored[UNROLL];
 #pragma unroll
@@ -85,13 +86,10 @@ __device__ inline void multiply_slice(float (&sums)[TILES][4], const Panel<T, FO
 #pragma unroll
         for (int chunk = 0; chunk < UNROLL; chunk++) {
             const Chunk<T, FORMAT> weights = unpack<T, FORMAT>(stored[chunk]);
-            const uint32_t column = start + chunk * CHUNK + 8 * (threadIdx.x % 4);
+            const uint32_t column = min(start + chunk * CHUNK + 8 * (threadIdx.x % 4), last);
 #pragma unroll
-            for (int tile = 0; tile < TILES; tile++) {
-                const bool inside = column < end && x[tile];
-                const uint4 v = inside ? load16(x[tile] + column) : uint4{0, 0, 0, 0};
-                weights.add_to(sums[tile], operand<T, FORMAT>(v));
-            }
+            for (int tile = 0; tile < TILES; tile++)
+                weights.add_to(sums[tile], operand<T, FORMAT>(load16(x[tile] + column)));
         }
     }
 }
@@ -111,8 +109,9 @@ __device__ void linear(const LinearArgs &args) {
     const T *x_rows[TILES];
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) {
-        const uint32_t row = first_row + tile * TILE_ROWS + threadIdx.x % WARP / 4;
-        x_rows[tile] = row < args.rows ? static_cast<const T *>(args.x) + size_t(row) * args.cols : nullptr;
+        // Rows that do not exist have the last one's numbers. Nobody looks at their sums.
+        const uint32_t row = min(first_row + tile * TILE_ROWS + threadIdx.x % WARP / 4, args.rows - 1);
+        x_rows[tile] = static_cast<const T *>(args.x) + size_t(row) * args.cols;
     }
     const uint32_t slices = (args.cols + args.slice - 1) / args.slice;
     for (uint32_t round = 0; round < slices; round += warps) {
@@ -120,7 +119,7 @@ __device__ void linear(const LinearArgs &args) {
         if (slice < slices) {
             float sums[TILES][4] = {};
             const uint32_t end = min((slice + 1) * args.slice, args.cols);
-            multiply_slice<T, FORMAT, TILES>(sums, panel, x_rows, slice * args.slice, end);
+            multiply_slice<T, FORMAT, TILES>(sums, panel, x_rows, slice * args.slice, end, args.cols - 8);
             store_tiles<TILES>(partial, warp * TILES * TILE, sums);
         }
         __syncthreads();

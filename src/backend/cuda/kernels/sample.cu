@@ -292,3 +292,19 @@ KERNEL(score, ScoreArgs, SAMPLE_THREADS) {
     if (threadIdx.x == 0) *reinterpret_cast<Score *>(score) = {sums[0], weights.max, chosen, uint32_t(sums[1]), token};
     if (top) list(logits, args.vocab, top, score + sizeof(Score) / sizeof(uint32_t));
 }
+
+struct FollowArgs {
+    uint32_t *ids;           // [rows], places among `tokens` before, tokens after
+    const uint32_t *tokens;
+    uint32_t rows;
+};
+
+constexpr int FOLLOW_THREADS = 256;
+
+// A row after no token is for nothing, yet it is computed.
+KERNEL(follow, FollowArgs, FOLLOW_THREADS) {
+    const uint32_t row = blockIdx.x * FOLLOW_THREADS + threadIdx.x;
+    if (row >= args.rows) return;
+    const uint32_t token = args.tokens[args.ids[row]];
+    args.ids[row] = token == NO_TOKEN ? 0 : token;
+}
