@@ -1,6 +1,7 @@
 //! Whole-model bench: prefill and decode of a model of SmolLM2-135M's shape, through the runner.
 //!
-//! `cargo bench --bench decode` measures random `Q4_1` weights; `-- FILE` measures a checkpoint.
+//! `cargo bench --bench decode` measures random `Q4_1` weights; `-- FILE` measures a checkpoint, and
+//! `-- FILE WORD` only what has the word in its name.
 //! Prints tokens per second (median of 5; of 33 where a step is one token each), for one sequence also the
 //! rate at which weights and cache are read, as a fraction of what this machine's memory gives. Ends with
 //! one JSON line.
@@ -137,7 +138,8 @@ fn rate(runner: &mut Runner, count: usize, start: usize, len: usize) -> f64 {
 }
 
 fn main() {
-    let file = std::env::args().skip(1).find(|argument| !argument.starts_with("--"));
+    let mut arguments = std::env::args().skip(1).filter(|argument| !argument.starts_with("--"));
+    let (file, word) = (arguments.next(), arguments.next().unwrap_or_default());
     let checkpoint = match &file {
         Some(path) => checkpoint::load(Path::new(path)).expect("a checkpoint"),
         None => random_checkpoint(),
@@ -151,7 +153,7 @@ fn main() {
         head_dim: spec.attention.head_dim,
     };
     let token_bytes = spec.num_layers * backend.kv_bytes_per_token(heads);
-    let weight_bytes = read_in_a_step(&checkpoint);
+    let (weight_bytes, max_positions) = (read_in_a_step(&checkpoint), spec.max_positions);
     let limits = limits::Limits::measure(&backend);
     limits.print();
     let begin = Instant::now();
@@ -170,7 +172,11 @@ fn main() {
     let contexts = [512, 1024, 2048, 4096, 8192]
         .map(|start| (format!("decode batch 1, context {start}"), 1, start, 1));
     let mut figures = serde_json::Map::new();
-    for (label, count, start, len) in prefills.into_iter().chain(batches).chain(contexts) {
+    let all = prefills.into_iter().chain(batches).chain(contexts);
+    let fits = |start, len| start + len <= max_positions;
+    for (label, count, start, len) in
+        all.filter(|(label, _, start, len)| label.contains(&word) && fits(*start, *len))
+    {
         let rate = rate(&mut runner, count, start, len);
         let share = rate * (weight_bytes + start * token_bytes) as f64 * 1e-9 / limits.memory;
         let note = if (count, len) == (1, 1) {

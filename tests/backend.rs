@@ -81,17 +81,32 @@ fn linear_matches_the_reference() {
     }
 }
 
+/// To bf16, or to 16-bit multiples of a scale for each 32.
+fn rounded(x: &[f32], to_integers: bool) -> Vec<f32> {
+    if !to_integers {
+        return x.iter().map(|&x| half::bf16::from_f32(x).to_f32()).collect();
+    }
+    let block = |block: &[f32]| {
+        let largest = block.iter().fold(0.0_f32, |a, x| a.max(x.abs()));
+        let round = |x: f32| (x * (32767.0 / largest)).round_ties_even() * (largest / 32767.0);
+        block.iter().copied().map(round).collect::<Vec<_>>()
+    };
+    x.chunks(32).flat_map(block).collect()
+}
+
 #[test]
-fn bf16_arithmetic_is_exact_but_for_the_rounding_of_activations() {
+fn fast_arithmetic_is_exact_but_for_the_rounding_of_activations() {
     let mut random = Random::new(2);
     for backend in backends(1, DType::Auto) {
         for encoding in [Encoding::BF16, Encoding::Q4_0, Encoding::Q4_1, Encoding::Q8_0] {
             let weight = stored(&mut random, &[64, 256], encoding);
             let plain = values(&backend.vector(&weight).unwrap());
             let packed = backend.pack(&[weight], None).unwrap();
-            let x: Vec<f32> =
-                random.floats(3 * 256).iter().map(|&x| half::bf16::from_f32(x).to_f32()).collect();
-            let got = backend.linear(&tensor(&x, &[3, 256]), &packed).unwrap();
+            let to_integers = backend.tier() == "avx2" && encoding != Encoding::BF16;
+            let given = random.floats(3 * 256);
+            let x = rounded(&given, to_integers);
+            let given = if to_integers { &given } else { &x };
+            let got = backend.linear(&tensor(given, &[3, 256]), &packed).unwrap();
             let want = reference::linear(&x, &plain, 256, None);
             assert_close(&values(&got), &want, 1e-4, || format!("{} {encoding:?}", backend.tier()));
         }
@@ -493,5 +508,22 @@ fn pages_are_committed_when_written() {
         // 8 GiB four times over would not fit, were it touched.
         let kv: Vec<LayerKv> = (0..4).map(|_| backend.layer_kv(blocks, heads).unwrap()).collect();
         assert_eq!(kv[0].pages.dims(), [2, blocks, 8 * 16 * 128]);
+    }
+}
+
+#[test]
+fn integers_hide_no_broken_activations() {
+    let mut random = Random::new(14);
+    for backend in backends(1, DType::Auto) {
+        let packed = backend.pack(&[stored(&mut random, &[32, 64], Encoding::Q8_0)], None).unwrap();
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut x = random.floats(3 * 64);
+            x[64 + 40] = bad;
+            let got = values(&backend.linear(&tensor(&x, &[3, 64]), &packed).unwrap());
+            let is_finite = |row: usize| got[row * 32..][..32].iter().all(|x| x.is_finite());
+            assert_eq!([0, 1, 2].map(is_finite), [true, false, true], "{} {bad}", backend.tier());
+        }
+        let zeros = backend.linear(&tensor(&[0.0; 64], &[1, 64]), &packed).unwrap();
+        assert_eq!(values(&zeros), [0.0; 32]);
     }
 }

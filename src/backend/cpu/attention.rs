@@ -13,7 +13,7 @@ use super::attention_pages::Halves;
 use super::attention_pages::{Numbers, Pages, Scratch, Widened};
 use super::attention_tile::{Block, State, Tile};
 use super::lanes::{Element, LANES, Lanes};
-use super::memory::{Shared, written_by};
+use super::memory::{CACHE_LINE, Shared, prefetch, written_by};
 #[cfg(target_arch = "x86_64")]
 use super::product::PairProduct;
 use super::product::{self, Exact, Product, ProductKernel};
@@ -161,7 +161,7 @@ impl<E: Element> Attention<'_, E> {
     /// The task's queries, times the scale, in blocks that are computed together.
     #[inline(always)]
     fn blocks<P: Product>(&self, task: &Task<'_>) -> Vec<Block> {
-        let sizes: &[usize] = if P::L::WIDE { &[1, 2, 4, 8] } else { &[1, 2, 4] };
+        let sizes: &[usize] = if P::L::WIDE { &[1, 2, 4, 8] } else { &[1, 2, 3, 4] };
         let full = sizes[sizes.len() - 1];
         let (dim, group) = (self.heads.head_dim, self.group());
         let queries = task.rows.len() * group;
@@ -221,6 +221,7 @@ impl<E: Element> TaskKernel<'_, E> {
             let tiles =
                 (span * SPAN).max(first) / TILE..((span + 1) * SPAN - 1).min(last) / TILE + 1;
             for tile in tiles {
+                self.prefetch((tile + 1) * TILE, last);
                 let tile = self.tile::<D::Number>(tile * TILE, last);
                 if direct {
                     for block in &blocks {
@@ -234,6 +235,22 @@ impl<E: Element> TaskKernel<'_, E> {
                 }
             }
             Merge { into: self.state, state: Some(state) }.run::<P::L>();
+        }
+    }
+
+    /// Has the memory bring what [`Self::tile`] will want. Pages are too short, and lie too far apart, for
+    /// the machine to see what comes next.
+    #[inline(always)]
+    fn prefetch(&self, start: usize, last: usize) {
+        if start > last {
+            return;
+        }
+        let head = size_of_val(&self.input.pages[..BLOCK_SIZE * self.input.heads.head_dim]);
+        for (keys, values) in self.tile::<u8>(start, last).pages {
+            for at in (0..head).step_by(CACHE_LINE) {
+                prefetch(keys.wrapping_add(at));
+                prefetch(values.wrapping_add(at));
+            }
         }
     }
 

@@ -121,6 +121,7 @@ impl State {
             (true, _) => self.update_block::<P, D, 8, 2>(block, tile, tokens),
             (false, 1) => self.update_block::<P, D, 1, 1>(block, tile, tokens),
             (false, 2) => self.update_block::<P, D, 2, 1>(block, tile, tokens),
+            (false, 3) => self.update_block::<P, D, 3, 1>(block, tile, tokens),
             (false, _) => self.update_block::<P, D, 4, 1>(block, tile, tokens),
         }
     }

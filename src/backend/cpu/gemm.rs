@@ -6,219 +6,13 @@
 #![allow(unsafe_code)] // Weights and activations are read through raw pointers.
 
 use std::hint::black_box;
-use std::marker::PhantomData;
 
 use half::f16;
 
-use super::lanes::{Element, LANES, Lanes, array_of};
+use super::lanes::{LANES, Lanes, array_of};
 use super::pack::PANEL;
-#[cfg(target_arch = "x86_64")]
-use super::product::PairProduct;
-use super::product::{Exact, Product};
-#[cfg(target_arch = "x86_64")]
-use super::x86::Pairs;
-
-/// How the weights of a panel are read (see [`super::pack`] for the layout).
-pub(super) trait Source<P: Product> {
-    /// What is loaded once for all steps of a group.
-    type Raw: Copy;
-    /// f16 vectors in front of each block: none, scales, or scales and minima.
-    const SCALES: usize;
-    /// Groups per block.
-    const GROUPS: usize;
-    /// Steps per group, at most 8.
-    const STEPS: usize;
-    /// Bytes of a group, both tiles.
-    const BYTES: usize;
-    /// Whether eight rows meet both tiles at once. Sums and totals then take more registers than there
-    /// are, but an activation is read once.
-    const BOTH_TILES: bool = true;
-
-    /// # Safety
-    /// `group` points to a whole group; `tile` is 0 or 1.
-    unsafe fn raw(group: *const u8, tile: usize) -> Self::Raw;
-    /// # Safety
-    /// `raw` was made of a group that is still there, and `step` is below `STEPS`.
-    unsafe fn weights(raw: Self::Raw, step: usize) -> P::Weights;
-}
-
-/// Numbers that widen to f32; `SCALES` 1 for `Q8_0`.
-pub(super) struct Plain<E, const SCALES: usize, const GROUPS: usize>(PhantomData<E>);
-
-impl<L: Lanes, E: Element, const SCALES: usize, const GROUPS: usize> Source<Exact<L>>
-    for Plain<E, SCALES, GROUPS>
-{
-    type Raw = *const E;
-    const SCALES: usize = SCALES;
-    const GROUPS: usize = GROUPS;
-    const STEPS: usize = 8;
-    const BYTES: usize = 8 * PANEL * size_of::<E>();
-
-    #[inline(always)]
-    unsafe fn raw(group: *const u8, tile: usize) -> *const E {
-        group.cast::<E>().wrapping_add(tile * LANES)
-    }
-    #[inline(always)]
-    unsafe fn weights(raw: *const E, step: usize) -> L {
-        // SAFETY: the caller's contract; a group holds 8 steps of two tiles.
-        unsafe { E::load(raw.add(step * PANEL)) }
-    }
-}
-
-/// 4-bit numbers: `Q4_0` with `OFFSET` 8, `Q4_1` with 0.
-pub(super) struct Nibbles<const OFFSET: usize>;
-
-impl<L: Lanes, const OFFSET: usize> Source<Exact<L>> for Nibbles<OFFSET> {
-    type Raw = L::Bits;
-    const SCALES: usize = if OFFSET == 0 { 2 } else { 1 };
-    const GROUPS: usize = 4;
-    const STEPS: usize = 8;
-    const BYTES: usize = PANEL * 4;
-
-    #[inline(always)]
-    unsafe fn raw(group: *const u8, tile: usize) -> L::Bits {
-        // SAFETY: the caller's contract; a tile has 64 bytes.
-        unsafe { L::load_bits(group.add(tile * 64)) }
-    }
-    #[inline(always)]
-    unsafe fn weights(raw: L::Bits, step: usize) -> L {
-        let shift = 16 * (step % 2) + 4 * (step / 2);
-        L::nibble(raw, shift as u32, OFFSET as f32)
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-impl<const OFFSET: usize> Source<PairProduct> for Nibbles<OFFSET> {
-    type Raw = Pairs;
-    const SCALES: usize = if OFFSET == 0 { 2 } else { 1 };
-    const GROUPS: usize = 4;
-    const STEPS: usize = 4;
-    const BYTES: usize = PANEL * 4;
-
-    #[inline(always)]
-    unsafe fn raw(group: *const u8, tile: usize) -> Pairs {
-        // SAFETY: the caller's contract; a tile has 64 bytes.
-        unsafe { Pairs::load(group.add(tile * 64)) }
-    }
-    #[inline(always)]
-    unsafe fn weights(raw: Pairs, step: usize) -> Pairs {
-        raw.nibble::<OFFSET>(step)
-    }
-}
-
-/// Bytes of a group of [`DensePairs`]: four pairs of each row.
-#[cfg(target_arch = "x86_64")]
-const DENSE_GROUP_BYTES: usize = PANEL * 16;
-
-/// Pairs of bf16.
-#[cfg(target_arch = "x86_64")]
-pub(super) struct DensePairs;
-
-#[cfg(target_arch = "x86_64")]
-impl Source<PairProduct> for DensePairs {
-    type Raw = *const u8;
-    const SCALES: usize = 0;
-    const GROUPS: usize = 1;
-    const STEPS: usize = 4;
-    const BYTES: usize = DENSE_GROUP_BYTES;
-
-    #[inline(always)]
-    unsafe fn raw(group: *const u8, tile: usize) -> *const u8 {
-        group.wrapping_add(tile * 64)
-    }
-    #[inline(always)]
-    unsafe fn weights(raw: *const u8, step: usize) -> Pairs {
-        // SAFETY: the caller's contract; a step has 128 bytes.
-        unsafe { Pairs::load(raw.add(step * 128)) }
-    }
-}
-
-/// Pairs of i8 with scales.
-#[cfg(target_arch = "x86_64")]
-pub(super) struct BytePairs;
-
-#[cfg(target_arch = "x86_64")]
-impl Source<PairProduct> for BytePairs {
-    type Raw = *const u8;
-    const SCALES: usize = 1;
-    const GROUPS: usize = 4;
-    const STEPS: usize = 4;
-    const BYTES: usize = PANEL * 8;
-
-    #[inline(always)]
-    unsafe fn raw(group: *const u8, tile: usize) -> *const u8 {
-        group.wrapping_add(tile * 32)
-    }
-    #[inline(always)]
-    unsafe fn weights(raw: *const u8, step: usize) -> Pairs {
-        // SAFETY: the caller's contract; a step has 64 bytes.
-        unsafe { Pairs::load_i8(raw.add(step * 64)) }
-    }
-}
-
-/// A panel of another source with its numbers as [`DensePairs`]: for many rows, so that the numbers are
-/// unpacked once.
-#[cfg(target_arch = "x86_64")]
-pub(super) struct Expanded<const SCALES: usize>;
-
-#[cfg(target_arch = "x86_64")]
-impl<const SCALES: usize> Source<PairProduct> for Expanded<SCALES> {
-    type Raw = *const u8;
-    const SCALES: usize = SCALES;
-    const GROUPS: usize = 4;
-    const STEPS: usize = 4;
-    const BYTES: usize = DENSE_GROUP_BYTES;
-    const BOTH_TILES: bool = false;
-
-    #[inline(always)]
-    unsafe fn raw(group: *const u8, tile: usize) -> *const u8 {
-        // SAFETY: the caller's contract.
-        unsafe { DensePairs::raw(group, tile) }
-    }
-    #[inline(always)]
-    unsafe fn weights(raw: *const u8, step: usize) -> Pairs {
-        // SAFETY: the caller's contract.
-        unsafe { DensePairs::weights(raw, step) }
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-impl<const SCALES: usize> Expanded<SCALES> {
-    /// Bytes of a block of 32 `k`.
-    pub(super) const BLOCK: usize = SCALES * PANEL * 2 + 4 * DENSE_GROUP_BYTES;
-
-    /// Expands a panel of `blocks` blocks.
-    ///
-    /// # Safety
-    /// `panel` points to the whole panel, `to` to room for as many blocks.
-    #[inline(always)]
-    pub(super) unsafe fn expand<S: Source<PairProduct>>(
-        panel: *const u8,
-        blocks: usize,
-        to: *mut u8,
-    ) {
-        let head = SCALES * PANEL * 2;
-        for block in 0..blocks {
-            // SAFETY: the caller's contract.
-            unsafe {
-                let from = panel.add(block * (head + S::GROUPS * S::BYTES));
-                let to = to.add(block * Self::BLOCK);
-                from.copy_to_nonoverlapping(to, head);
-                for group in 0..S::GROUPS {
-                    let raw = array_of!(t < 2 => S::raw(from.add(head + group * S::BYTES), t));
-                    let to = to.add(head + group * DENSE_GROUP_BYTES);
-                    macro_rules! steps {
-                        ($($step:literal)*) => {$(
-                            S::weights(raw[0], $step).store(to.add($step * 128));
-                            S::weights(raw[1], $step).store(to.add($step * 128 + 64));
-                        )*};
-                    }
-                    steps!(0 1 2 3);
-                }
-            }
-        }
-    }
-}
+use super::product::Dot;
+use super::source::Source;
 
 /// One panel times one group of rows.
 #[derive(Clone, Copy)]
@@ -228,7 +22,8 @@ pub(super) struct PanelTask {
     pub(super) blocks: usize,
     /// Activations `[step][row]`.
     pub(super) x: *const u32,
-    /// Sums of the activations of each block, `[block][row]`; read where there are minima.
+    /// What is known of the activations of each block: `[block][row]` sums, read where there are minima; or,
+    /// for [`Dot::SCALED`], `[block][2][row]` scales and sums in units of them.
     pub(super) sums: *const f32,
     /// The panel's bias, or null. As many as `cols`.
     pub(super) bias: *const f32,
@@ -245,7 +40,7 @@ impl PanelTask {
     /// # Safety
     /// The pointers are valid for what their comments say, with `m` rows of activations.
     #[inline(always)]
-    pub(super) unsafe fn run<P: Product, S: Source<P>>(self, m: usize) {
+    pub(super) unsafe fn run<P: Dot, S: Source<P>>(self, m: usize) {
         // SAFETY: the caller's contract.
         unsafe {
             match (P::L::WIDE, m) {
@@ -262,7 +57,7 @@ impl PanelTask {
     }
 
     #[inline(always)]
-    unsafe fn both<P: Product, S: Source<P>, const M: usize>(self) {
+    unsafe fn both<P: Dot, S: Source<P>, const M: usize>(self) {
         for tile in 0..2 {
             // SAFETY: the caller's contract.
             unsafe { self.tiles::<P, S, M, 1>(tile) }
@@ -271,7 +66,7 @@ impl PanelTask {
 
     /// The tiles from `first` on.
     #[inline(always)]
-    unsafe fn tiles<P: Product, S: Source<P>, const M: usize, const T: usize>(self, first: usize) {
+    unsafe fn tiles<P: Dot, S: Source<P>, const M: usize, const T: usize>(self, first: usize) {
         let block_bytes = S::SCALES * PANEL * 2 + S::GROUPS * S::BYTES;
         let mut total = [[P::L::splat(0.0); T]; M];
         let mut x = self.x;
@@ -280,16 +75,21 @@ impl PanelTask {
             unsafe {
                 let scales = self.panel.add(block * block_bytes);
                 let groups = scales.add(S::SCALES * PANEL * 2);
-                let mut part = if S::SCALES == 0 { total } else { [[P::L::splat(0.0); T]; M] };
+                let about = self.sums.wrapping_add(block * if P::SCALED { 2 * M } else { M });
+                let mut part = array_of!(r < M => if S::SCALES == 0 {
+                    array_of!(t < T => P::resume(total[r][t]))
+                } else {
+                    let sum = if P::SCALED && S::OFFSET != 0 { *about.add(M + r) } else { 0.0 };
+                    [P::start(sum, S::OFFSET); T]
+                });
                 for group in 0..S::GROUPS {
                     let group = groups.add(group * S::BYTES);
                     x = multiply_group::<P, S, M, T>(group, first, x, &mut part);
                 }
                 if S::SCALES == 0 {
-                    total = part;
+                    total = array_of!(r < M => array_of!(t < T => P::numbers(part[r][t])));
                 } else {
-                    let sums = self.sums.wrapping_add(block * M);
-                    scale_block::<P, S, M, T>(scales.cast(), first, sums, &part, &mut total);
+                    scale_block::<P, S, M, T>(scales.cast(), first, about, &part, &mut total);
                 }
             }
         }
@@ -336,16 +136,16 @@ impl PanelTask {
 /// # Safety
 /// `group` points to a whole group, `x` to the activations of all its steps.
 #[inline(always)]
-unsafe fn multiply_group<P: Product, S: Source<P>, const M: usize, const T: usize>(
+unsafe fn multiply_group<P: Dot, S: Source<P>, const M: usize, const T: usize>(
     group: *const u8,
     first: usize,
     x: *const u32,
-    part: &mut [[P::L; T]; M],
+    part: &mut [[P::Sum; T]; M],
 ) -> *const u32 {
     // SAFETY: the caller hands a whole group, and the activations of all its steps.
     unsafe {
         let raw = array_of!(t < T => S::raw(group, first + t));
-        if P::L::WIDE {
+        if P::L::WIDE || M == 1 {
             // Written out, so that each step's shift is a constant.
             macro_rules! steps {
                 ($($step:literal)*) => {$(
@@ -369,11 +169,11 @@ unsafe fn multiply_group<P: Product, S: Source<P>, const M: usize, const T: usiz
 /// # Safety
 /// As for [`multiply_group`]; `step` is below `STEPS`.
 #[inline(always)]
-unsafe fn multiply_step<P: Product, S: Source<P>, const M: usize, const T: usize>(
+unsafe fn multiply_step<P: Dot, S: Source<P>, const M: usize, const T: usize>(
     raw: [S::Raw; T],
     step: usize,
     x: *const u32,
-    part: &mut [[P::L; T]; M],
+    part: &mut [[P::Sum; T]; M],
 ) {
     // SAFETY: the caller's contract.
     unsafe {
@@ -389,24 +189,27 @@ unsafe fn multiply_step<P: Product, S: Source<P>, const M: usize, const T: usize
 
 /// `total += scale * part (+ minimum * sum of x)`.
 #[inline(always)]
-unsafe fn scale_block<P: Product, S: Source<P>, const M: usize, const T: usize>(
+unsafe fn scale_block<P: Dot, S: Source<P>, const M: usize, const T: usize>(
     scales: *const f16,
     first: usize,
-    sums: *const f32,
-    part: &[[P::L; T]; M],
+    about: *const f32,
+    part: &[[P::Sum; T]; M],
     total: &mut [[P::L; T]; M],
 ) {
-    // SAFETY: the caller hands `SCALES` times 32 numbers and, for minima, `M` sums.
+    // SAFETY: the caller hands `SCALES` times 32 numbers, and what is known of `M` rows of activations.
     unsafe {
         for t in 0..T {
             let scale = P::L::load_f16(scales.add((first + t) * LANES));
-            for (total, part) in total.iter_mut().zip(part) {
-                total[t] = scale.fma(part[t], total[t]);
+            for (r, (total, part)) in total.iter_mut().zip(part).enumerate() {
+                let scale = if P::SCALED { scale.mul(P::L::splat(*about.add(r))) } else { scale };
+                total[t] = scale.fma(P::numbers(part[t]), total[t]);
             }
             if S::SCALES == 2 {
                 let minimum = P::L::load_f16(scales.add(PANEL + (first + t) * LANES));
                 for (r, total) in total.iter_mut().enumerate() {
-                    total[t] = minimum.fma(P::L::splat(*sums.add(r)), total[t]);
+                    let sum =
+                        if P::SCALED { *about.add(r) * *about.add(M + r) } else { *about.add(r) };
+                    total[t] = minimum.fma(P::L::splat(sum), total[t]);
                 }
             }
         }

@@ -7,17 +7,18 @@ use std::sync::{Mutex, PoisonError};
 
 use half::{bf16, f16};
 
-#[cfg(target_arch = "x86_64")]
-use super::gemm::{BytePairs, DensePairs, Expanded};
-use super::gemm::{Nibbles, PanelTask, Plain, Source};
+use super::gemm::PanelTask;
 use super::lanes::Lanes;
 use super::memory::{Shared, written_by};
 use super::pack::{PANEL, Packed, Segment, block_len};
+use super::product::{Dot, Exact, ProductKernel, run};
 #[cfg(target_arch = "x86_64")]
-use super::product::PairProduct;
-use super::product::{Exact, Product, ProductKernel, run};
+use super::product::{IntegerDot, PairProduct};
 #[cfg(target_arch = "x86_64")]
-use super::x86::{Avx512, Pairs};
+use super::source::{BytePairs, DensePairs, Expanded, Store};
+use super::source::{Nibbles, Plain, Source};
+#[cfg(target_arch = "x86_64")]
+use super::x86::{Avx2, Avx512, Integers, Pairs};
 use super::{Arithmetic, Cpu};
 use crate::weights::Encoding;
 
@@ -32,7 +33,7 @@ const EXPAND_FROM: usize = 3;
 pub(crate) fn linear(cpu: &Cpu, x: &[f32], weight: &Packed) -> Vec<f32> {
     let rows = x.len() / weight.cols.max(1);
     let groups = groups(rows, cpu.tier.is_wide());
-    let mut activations: Vec<_> = [Arithmetic::Exact, Arithmetic::Pairs]
+    let mut activations: Vec<_> = [Arithmetic::Exact, Arithmetic::Pairs, Arithmetic::Integers]
         .into_iter()
         .filter(|&a| weight.segments.iter().any(|segment| segment.arithmetic == a))
         .map(|arithmetic| Activations::new(cpu, x, weight, arithmetic, &groups))
@@ -67,15 +68,15 @@ fn groups(rows: usize, wide: bool) -> Vec<Group> {
         .collect()
 }
 
-/// Activations in the order that [`PanelTask`] reads: per group `[step][slot]` words, and
-/// `[block of 32][slot]` sums where a segment has minima.
+/// Activations in the order that [`PanelTask`] reads: per group `[step][slot]` words, and what it wants to
+/// know of each block of 32.
 struct Activations {
     arithmetic: Arithmetic,
     words: Vec<u32>,
     sums: Vec<f32>,
     /// Words per slot.
     steps: usize,
-    /// Sums per slot, or 0.
+    /// Sums (and scales) per slot, or 0.
     blocks: usize,
 }
 
@@ -88,9 +89,13 @@ impl Activations {
         groups: &[Group],
     ) -> Self {
         let cols = weight.cols.next_multiple_of(8);
-        let steps = if arithmetic == Arithmetic::Pairs { cols / 2 } else { cols };
+        let steps = if arithmetic == Arithmetic::Exact { cols } else { cols / 2 };
         let minima = weight.segments.iter().any(|segment| segment.encoding == Encoding::Q4_1);
-        let blocks = if minima { cols / 32 } else { 0 };
+        let blocks = match arithmetic {
+            Arithmetic::Integers => 2 * (cols / 32),
+            _ if minima => cols / 32,
+            _ => 0,
+        };
         let slots: usize = groups.iter().map(|group| group.m).sum();
         let mut words =
             cpu.scratch.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
@@ -123,11 +128,23 @@ struct PackGroup<'a> {
     sums: &'a mut [f32],
 }
 
-/// Turns 32 columns of a row into words, of which the first `32 / STEP` count, and their sum.
+/// What becomes of 32 columns of a row.
+struct Converted {
+    /// Of which the first `32 / STEP` count.
+    words: [u32; 32],
+    /// What the words count in.
+    scale: f32,
+    /// Of the columns, in units of the scale.
+    sum: f32,
+}
+
 trait Convert {
+    /// Columns of a word.
     const STEP: usize;
+    /// Whether the scale is kept.
+    const SCALED: bool = false;
     /// Must be inlined into [`ProductKernel`]'s methods.
-    fn convert(columns: &[f32; 32]) -> ([u32; 32], f32);
+    fn convert(columns: &[f32; 32]) -> Converted;
 }
 
 /// The bits of each column.
@@ -137,10 +154,10 @@ impl<L: Lanes> Convert for Copy<L> {
     const STEP: usize = 1;
 
     #[inline(always)]
-    fn convert(columns: &[f32; 32]) -> ([u32; 32], f32) {
+    fn convert(columns: &[f32; 32]) -> Converted {
         // SAFETY: two times 16 values.
         let sum = unsafe { L::load(columns.as_ptr()).add(L::load(columns[16..].as_ptr())) };
-        (columns.map(f32::to_bits), sum.sum())
+        Converted { words: columns.map(f32::to_bits), scale: 1.0, sum: sum.sum() }
     }
 }
 
@@ -153,7 +170,7 @@ impl Convert for Round {
     const STEP: usize = 2;
 
     #[inline(always)]
-    fn convert(columns: &[f32; 32]) -> ([u32; 32], f32) {
+    fn convert(columns: &[f32; 32]) -> Converted {
         let mut words = [0; 32];
         // SAFETY: 32 values are rounded to 16 words, and read back as two times 16 bf16.
         let sum = unsafe {
@@ -161,7 +178,34 @@ impl Convert for Round {
             let rounded = words.as_ptr().cast::<bf16>();
             Avx512::load_bf16(rounded).add(Avx512::load_bf16(rounded.add(16)))
         };
-        (words, sum.sum())
+        Converted { words, scale: 1.0, sum: sum.sum() }
+    }
+}
+
+/// Pairs of columns rounded to integers of 16 bits.
+#[cfg(target_arch = "x86_64")]
+struct RoundToIntegers;
+
+#[cfg(target_arch = "x86_64")]
+impl Convert for RoundToIntegers {
+    const STEP: usize = 2;
+    const SCALED: bool = true;
+
+    #[inline(always)]
+    fn convert(columns: &[f32; 32]) -> Converted {
+        const LARGEST: f32 = 32767.0;
+        // SAFETY: two times 16 values.
+        let (a, b) = unsafe { (Avx2::load(columns.as_ptr()), Avx2::load(columns[16..].as_ptr())) };
+        let zero = Avx2::splat(0.0);
+        let (least, most) = (a.min(b), a.max(b));
+        let size = most.max(zero.sub(least)).greatest();
+        // NaN where a column is NaN or infinite: integers would hide it.
+        let poison = a.sub(a).add(b.sub(b)).sum();
+        let factor = if size > 0.0 { LARGEST / size } else { 0.0 };
+        let (pairs, sum) = Integers::round(columns, factor);
+        let mut words = [0; 32];
+        words[..16].copy_from_slice(&pairs);
+        Converted { words, scale: size / LARGEST + poison, sum: sum as f32 }
     }
 }
 
@@ -176,11 +220,14 @@ impl PackGroup<'_> {
                 let rest = row.get(block * 32..).unwrap_or(&[]);
                 let count = rest.len().min(32);
                 columns[..count].copy_from_slice(&rest[..count]);
-                let (words, sum) = C::convert(&columns);
+                let Converted { words, scale, sum } = C::convert(&columns);
                 for (i, &word) in words[..(32 / C::STEP).min(steps - first)].iter().enumerate() {
                     self.words[(first + i) * self.m + slot] = word;
                 }
-                if !self.sums.is_empty() {
+                if C::SCALED {
+                    self.sums[2 * block * self.m + slot] = scale;
+                    self.sums[(2 * block + 1) * self.m + slot] = sum;
+                } else if !self.sums.is_empty() {
                     self.sums[block * self.m + slot] = sum;
                 }
             }
@@ -198,6 +245,12 @@ impl ProductKernel for PackGroup<'_> {
     #[inline(always)]
     fn pairs(self) {
         self.each::<Round>();
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn integers(self) {
+        self.each::<RoundToIntegers>();
     }
 }
 
@@ -264,11 +317,24 @@ impl ProductKernel for Panels<'_> {
     fn pairs(self) {
         match self.segment.encoding {
             Encoding::BF16 => self.each::<PairProduct, DensePairs>(),
-            Encoding::Q4_0 => self.quantised::<Nibbles<8>, 1>(),
-            Encoding::Q4_1 => self.quantised::<Nibbles<0>, 2>(),
-            Encoding::Q8_0 => self.quantised::<BytePairs, 1>(),
+            Encoding::Q4_0 => self.quantised::<PairProduct, Nibbles<8>, 1, 0>(),
+            Encoding::Q4_1 => self.quantised::<PairProduct, Nibbles<0>, 2, 0>(),
+            Encoding::Q8_0 => self.quantised::<PairProduct, BytePairs, 1, 0>(),
             Encoding::F32 | Encoding::F16 => {
                 unreachable!("`Cpu::arithmetic` computes f32 and f16 weights exactly")
+            }
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn integers(self) {
+        match self.segment.encoding {
+            Encoding::Q4_0 => self.quantised::<IntegerDot, Nibbles<8>, 1, 8>(),
+            Encoding::Q4_1 => self.quantised::<IntegerDot, Nibbles<0>, 2, 0>(),
+            Encoding::Q8_0 => self.quantised::<IntegerDot, BytePairs, 1, 0>(),
+            Encoding::F32 | Encoding::F16 | Encoding::BF16 => {
+                unreachable!("only quantised numbers are integers")
             }
         }
     }
@@ -276,7 +342,7 @@ impl ProductKernel for Panels<'_> {
 
 impl Panels<'_> {
     #[inline(always)]
-    fn each<P: Product, S: Source<P>>(self) {
+    fn each<P: Dot, S: Source<P>>(self) {
         for panel in self.range.clone() {
             // SAFETY: the panel holds all blocks by `Segment::stride`.
             unsafe { self.panel::<P, S>(panel, self.segment.panel(panel).as_ptr()) }
@@ -286,21 +352,25 @@ impl Panels<'_> {
     /// Unpacks each panel first where enough groups of rows share it; the sums are the same.
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
-    fn quantised<S: Source<PairProduct>, const SCALES: usize>(self) {
+    fn quantised<P, S: Source<P>, const SCALES: usize, const OFFSET: usize>(self)
+    where
+        P: Dot<Weights: Store>,
+        Expanded<SCALES, OFFSET>: Source<P>,
+    {
         if self.groups.len() < EXPAND_FROM {
-            return self.each::<PairProduct, S>();
+            return self.each::<P, S>();
         }
         let blocks = self.blocks();
         let spare = || self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
         let mut expanded = spare().pop().unwrap_or_default();
-        expanded.resize(blocks * Expanded::<SCALES>::BLOCK / size_of::<u32>(), 0);
+        expanded.resize(blocks * Expanded::<SCALES, OFFSET>::BLOCK / size_of::<u32>(), 0);
         for panel in self.range.clone() {
             let bytes = self.segment.panel(panel);
             // SAFETY: the panel holds all blocks by `Segment::stride`, and `expanded` has room for them.
             unsafe {
                 let to = expanded.as_mut_ptr().cast();
-                Expanded::<SCALES>::expand::<S>(bytes.as_ptr(), blocks, to);
-                self.panel::<PairProduct, Expanded<SCALES>>(panel, to);
+                Expanded::<SCALES, OFFSET>::expand::<P, S>(bytes.as_ptr(), blocks, to);
+                self.panel::<P, Expanded<SCALES, OFFSET>>(panel, to);
             }
         }
         spare().push(expanded);
@@ -314,7 +384,7 @@ impl Panels<'_> {
     /// # Safety
     /// `bytes` points to the blocks of panel number `panel`, as `S` reads them.
     #[inline(always)]
-    unsafe fn panel<P: Product, S: Source<P>>(&self, panel: usize, bytes: *const u8) {
+    unsafe fn panel<P: Dot, S: Source<P>>(&self, panel: usize, bytes: *const u8) {
         let Self { weight, segment, x, .. } = self;
         let blocks = self.blocks();
         let steps = block_len(segment.encoding) / P::STEP;
@@ -323,7 +393,7 @@ impl Panels<'_> {
         let col = segment.start + panel * PANEL;
         let cols = (segment.rows - panel * PANEL).min(PANEL);
         for group in self.groups {
-            let sums = if S::SCALES == 2 {
+            let sums = if S::SCALES == 2 || P::SCALED {
                 x.sums[group.start * x.blocks..].as_ptr()
             } else {
                 std::ptr::null()

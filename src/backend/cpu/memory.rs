@@ -147,3 +147,17 @@ pub(super) unsafe fn written_by(len: usize, fill: impl FnOnce(Shared<f32>)) -> V
     unsafe { values.set_len(len) };
     values
 }
+
+/// Bytes that memory brings at once.
+pub(super) const CACHE_LINE: usize = 64;
+
+/// Asks for the cache line at `at`, a hint: nothing need be there.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))]
+pub(super) fn prefetch(at: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: it never faults, and every x86-64 has it.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast());
+    }
+}

@@ -14,6 +14,7 @@ mod pool;
 mod product;
 mod rope;
 mod rows;
+mod source;
 mod tier;
 #[cfg(target_arch = "x86_64")]
 mod x86;
@@ -39,6 +40,9 @@ enum Arithmetic {
     Exact,
     /// Activations rounded to bf16, exact products, f32 sums; weights as stored.
     Pairs,
+    /// Activations rounded to 16-bit integers with a scale for each 32, exact sums over as many; weights
+    /// as stored. Closer to f32 than bf16 is.
+    Integers,
 }
 
 /// What all ops of a backend share.
@@ -78,10 +82,14 @@ impl Cpu {
     }
 
     fn arithmetic(&self, encoding: Encoding) -> Arithmetic {
-        let fast = self.tier == Tier::Avx512Bf16
-            && matches!(self.dtype, DType::Auto | DType::BFloat16)
-            && !matches!(encoding, Encoding::F32 | Encoding::F16);
-        if fast { Arithmetic::Pairs } else { Arithmetic::Exact }
+        let is_rounded = matches!(self.dtype, DType::Auto | DType::BFloat16);
+        match (self.tier, encoding) {
+            _ if !is_rounded => Arithmetic::Exact,
+            (_, Encoding::F32 | Encoding::F16) => Arithmetic::Exact,
+            (Tier::Avx512Bf16, _) => Arithmetic::Pairs,
+            (Tier::Avx2, Encoding::Q4_0 | Encoding::Q4_1 | Encoding::Q8_0) => Arithmetic::Integers,
+            _ => Arithmetic::Exact,
+        }
     }
 }
 

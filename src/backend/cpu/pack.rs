@@ -183,7 +183,10 @@ fn pack_panel(
             (Encoding::F32, _) | (Encoding::F16 | Encoding::BF16, Arithmetic::Pairs) => {
                 interleave::<4>(body, numbers);
             }
-            (Encoding::Q8_0, Arithmetic::Pairs)
+            (Encoding::F16 | Encoding::BF16, Arithmetic::Integers) => {
+                unreachable!("only quantised numbers are integers")
+            }
+            (Encoding::Q8_0, Arithmetic::Pairs | Arithmetic::Integers)
             | (Encoding::F16 | Encoding::BF16, Arithmetic::Exact) => interleave::<2>(body, numbers),
         }
     }

@@ -9,7 +9,7 @@ use super::lanes::LANES;
 use super::lanes::Lanes;
 use super::tier::{Kernel, Tier};
 #[cfg(target_arch = "x86_64")]
-use super::x86::{Avx512, Pairs};
+use super::x86::{Avx2, Avx512, Integers, Pairs};
 
 /// How weights and activations multiply. Activations are 32-bit words, one per step.
 pub(super) trait Product {
@@ -100,11 +100,108 @@ impl Product for PairProduct {
     }
 }
 
-/// A kernel that comes in two arithmetics.
-pub(super) trait ProductKernel {
+/// How the weights of a panel multiply: a [`Product`], or [`IntegerDot`].
+pub(super) trait Dot {
+    type L: Lanes;
+    /// Weights of a tile's 16 rows at one step.
+    type Weights: Copy;
+    /// Activations of a step, for all lanes.
+    type X: Copy;
+    /// Sums of a tile's 16 rows.
+    type Sum: Copy;
+    /// `k` per step.
+    const STEP: usize;
+    /// Whether activations are multiples of a scale, one for each 32.
+    const SCALED: bool;
+
+    /// # Safety
+    /// `p` is valid for a read.
+    unsafe fn broadcast(p: *const u32) -> Self::X;
+    fn multiply(weights: Self::Weights, x: Self::X, sum: Self::Sum) -> Self::Sum;
+    /// What the sum of a block starts with, for weights that are stored plus `offset` and activations
+    /// whose sum is `sum`.
+    fn start(sum: f32, offset: i32) -> Self::Sum;
+    /// A sum of other blocks, to go on with.
+    fn resume(total: Self::L) -> Self::Sum;
+    fn numbers(sum: Self::Sum) -> Self::L;
+}
+
+impl<P: Product> Dot for P {
+    type L = P::L;
+    type Weights = P::Weights;
+    type X = P::X;
+    type Sum = P::L;
+    const STEP: usize = P::STEP;
+    const SCALED: bool = false;
+
+    #[inline(always)]
+    unsafe fn broadcast(p: *const u32) -> P::X {
+        // SAFETY: the caller's contract.
+        unsafe { P::broadcast(p) }
+    }
+    #[inline(always)]
+    fn multiply(weights: P::Weights, x: P::X, sum: P::L) -> P::L {
+        P::multiply(weights, x, sum)
+    }
+    #[inline(always)]
+    fn start(_: f32, _: i32) -> P::L {
+        P::L::splat(0.0)
+    }
+    #[inline(always)]
+    fn resume(total: P::L) -> P::L {
+        total
+    }
+    #[inline(always)]
+    fn numbers(sum: P::L) -> P::L {
+        sum
+    }
+}
+
+/// Small integers times activations of 16 bits, summed exactly over a block.
+#[cfg(target_arch = "x86_64")]
+pub(super) struct IntegerDot;
+
+#[cfg(target_arch = "x86_64")]
+impl Dot for IntegerDot {
+    type L = Avx2;
+    type Weights = Integers;
+    type X = Integers;
+    type Sum = Integers;
+    const STEP: usize = 2;
+    const SCALED: bool = true;
+
+    #[inline(always)]
+    unsafe fn broadcast(p: *const u32) -> Integers {
+        // SAFETY: the caller's contract.
+        Integers::splat(unsafe { p.read() }.cast_signed())
+    }
+    #[inline(always)]
+    fn multiply(weights: Integers, x: Integers, sum: Integers) -> Integers {
+        weights.dot(x, sum)
+    }
+    #[inline(always)]
+    fn start(sum: f32, offset: i32) -> Integers {
+        Integers::splat(-offset * sum as i32)
+    }
+    #[inline(always)]
+    fn resume(_: Avx2) -> Integers {
+        unreachable!("integers have scales, so each block has sums of its own")
+    }
+    #[inline(always)]
+    fn numbers(sum: Integers) -> Avx2 {
+        sum.numbers()
+    }
+}
+
+/// A kernel that comes in all arithmetics that it is run with.
+pub(super) trait ProductKernel: Sized {
     fn exact<L: Lanes>(self);
     #[cfg(target_arch = "x86_64")]
     fn pairs(self);
+    #[cfg(target_arch = "x86_64")]
+    fn integers(self) {
+        unreachable!("only projections have integers");
+    }
 }
 
 /// Runs `kernel` with the instructions of the tier.
@@ -121,8 +218,13 @@ pub(super) fn run<K: ProductKernel>(tier: Tier, arithmetic: Arithmetic, kernel: 
         // SAFETY: `Cpu::arithmetic` chooses pairs only in the tier that has the instruction.
         #[cfg(target_arch = "x86_64")]
         Arithmetic::Pairs => unsafe { run_pairs(kernel) },
+        // SAFETY: as above, for integers.
+        #[cfg(target_arch = "x86_64")]
+        Arithmetic::Integers => unsafe { run_integers(kernel) },
         #[cfg(not(target_arch = "x86_64"))]
-        Arithmetic::Pairs => unreachable!("`Cpu::arithmetic` never chooses pairs here"),
+        Arithmetic::Pairs | Arithmetic::Integers => {
+            unreachable!("`Cpu::arithmetic` never chooses them here")
+        }
     }
 }
 
@@ -130,4 +232,10 @@ pub(super) fn run<K: ProductKernel>(tier: Tier, arithmetic: Arithmetic, kernel: 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
 fn run_pairs<K: ProductKernel>(kernel: K) {
     kernel.pairs();
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn run_integers<K: ProductKernel>(kernel: K) {
+    kernel.integers();
 }

@@ -272,6 +272,103 @@ impl Lanes for Avx2 {
     }
 }
 
+/// Sixteen rows' pairs of 16-bit integers, or sixteen 32-bit ones, in two registers. Needs AVX2.
+#[derive(Clone, Copy)]
+pub(super) struct Integers(__m256i, __m256i);
+
+impl Integers {
+    /// # Safety
+    /// `p` is valid for reads of 64 bytes.
+    #[inline(always)]
+    pub(super) unsafe fn load(p: *const u8) -> Self {
+        intrinsic!(Self(_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(32).cast())))
+    }
+
+    /// Sixteen pairs of i8.
+    ///
+    /// # Safety
+    /// `p` is valid for reads of 32 bytes.
+    #[inline(always)]
+    pub(super) unsafe fn load_i8(p: *const u8) -> Self {
+        intrinsic!(Self(
+            _mm256_cvtepi8_epi16(_mm_loadu_si128(p.cast())),
+            _mm256_cvtepi8_epi16(_mm_loadu_si128(p.add(16).cast())),
+        ))
+    }
+
+    /// # Safety
+    /// `p` is valid for writes of 64 bytes.
+    #[inline(always)]
+    pub(super) unsafe fn store(self, p: *mut u8) {
+        intrinsic!({
+            _mm256_storeu_si256(p.cast(), self.0);
+            _mm256_storeu_si256(p.add(32).cast(), self.1);
+        });
+    }
+
+    /// Bits `4 * step..4 * step + 4` of each 16-bit word.
+    #[inline(always)]
+    pub(super) fn nibble(self, step: usize) -> Self {
+        intrinsic!({
+            let (count, low) = (_mm_cvtsi32_si128(4 * step as i32), _mm256_set1_epi16(15));
+            Self(
+                _mm256_and_si256(_mm256_srl_epi16(self.0, count), low),
+                _mm256_and_si256(_mm256_srl_epi16(self.1, count), low),
+            )
+        })
+    }
+
+    /// The same 32 bits sixteen times.
+    #[inline(always)]
+    pub(super) fn splat(word: i32) -> Self {
+        let half = intrinsic!(_mm256_set1_epi32(word));
+        Self(half, half)
+    }
+
+    /// `sum + self · other`, pair by pair.
+    #[inline(always)]
+    pub(super) fn dot(self, other: Self, sum: Self) -> Self {
+        intrinsic!(Self(
+            _mm256_add_epi32(sum.0, _mm256_madd_epi16(self.0, other.0)),
+            _mm256_add_epi32(sum.1, _mm256_madd_epi16(self.1, other.1)),
+        ))
+    }
+
+    /// The 32-bit integers as numbers.
+    #[inline(always)]
+    pub(super) fn numbers(self) -> Avx2 {
+        intrinsic!(Avx2(_mm256_cvtepi32_ps(self.0), _mm256_cvtepi32_ps(self.1)))
+    }
+
+    /// Numbers times `factor`, rounded to integers within ±32767: sixteen pairs, and their sum.
+    #[inline(always)]
+    pub(super) fn round(numbers: &[f32; 32], factor: f32) -> ([u32; 16], i32) {
+        let mut words = [0; 16];
+        let mut sum = Self::splat(0);
+        intrinsic!({
+            let factor = _mm256_set1_ps(factor);
+            let rounded = |at: usize| {
+                _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(numbers.as_ptr().add(at)), factor))
+            };
+            // Both halves of a register are packed by themselves.
+            let pack = |a, b| _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(a, b));
+            let pairs = Self(pack(rounded(0), rounded(8)), pack(rounded(16), rounded(24)));
+            pairs.store(words.as_mut_ptr().cast());
+            sum = pairs.dot(Self(_mm256_set1_epi16(1), _mm256_set1_epi16(1)), sum);
+        });
+        (
+            words,
+            intrinsic!({
+                let sum = _mm256_add_epi32(sum.0, sum.1);
+                let sum =
+                    _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256::<1>(sum));
+                let sum = _mm_add_epi32(sum, _mm_shuffle_epi32::<0b01_00_11_10>(sum));
+                _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32::<0b10_11_00_01>(sum)))
+            }),
+        )
+    }
+}
+
 /// Sixteen rows' pairs of bf16, and the dot product that adds both products of a pair to f32 lanes.
 /// Needs AVX-512 BF16 beside what [`Avx512`] needs.
 #[derive(Clone, Copy)]

@@ -1,0 +1,301 @@
+//! [`Source`]: how the weights of a panel are read, for each form that they are packed in.
+#![allow(unsafe_code)] // Weights are read through raw pointers.
+
+use std::marker::PhantomData;
+
+use super::lanes::{Element, LANES, Lanes, array_of};
+use super::pack::PANEL;
+use super::product::{Dot, Exact};
+#[cfg(target_arch = "x86_64")]
+use super::product::{IntegerDot, PairProduct};
+#[cfg(target_arch = "x86_64")]
+use super::x86::{Integers, Pairs};
+
+/// How the weights of a panel are read (see [`super::pack`] for the layout).
+pub(super) trait Source<P: Dot> {
+    /// What is loaded once for all steps of a group.
+    type Raw: Copy;
+    /// f16 vectors in front of each block: none, scales, or scales and minima.
+    const SCALES: usize;
+    /// Groups per block.
+    const GROUPS: usize;
+    /// Steps per group, at most 8.
+    const STEPS: usize;
+    /// Bytes of a group, both tiles.
+    const BYTES: usize;
+    /// What the numbers are stored plus, where [`Dot::start`] takes it away.
+    const OFFSET: i32 = 0;
+    /// Whether eight rows meet both tiles at once. Sums and totals then take more registers than there
+    /// are, but an activation is read once.
+    const BOTH_TILES: bool = true;
+
+    /// # Safety
+    /// `group` points to a whole group; `tile` is 0 or 1.
+    unsafe fn raw(group: *const u8, tile: usize) -> Self::Raw;
+    /// # Safety
+    /// `raw` was made of a group that is still there, and `step` is below `STEPS`.
+    unsafe fn weights(raw: Self::Raw, step: usize) -> P::Weights;
+}
+
+/// Numbers that widen to f32; `SCALES` 1 for `Q8_0`.
+pub(super) struct Plain<E, const SCALES: usize, const GROUPS: usize>(PhantomData<E>);
+
+impl<L: Lanes, E: Element, const SCALES: usize, const GROUPS: usize> Source<Exact<L>>
+    for Plain<E, SCALES, GROUPS>
+{
+    type Raw = *const E;
+    const SCALES: usize = SCALES;
+    const GROUPS: usize = GROUPS;
+    const STEPS: usize = 8;
+    const BYTES: usize = 8 * PANEL * size_of::<E>();
+
+    #[inline(always)]
+    unsafe fn raw(group: *const u8, tile: usize) -> *const E {
+        group.cast::<E>().wrapping_add(tile * LANES)
+    }
+    #[inline(always)]
+    unsafe fn weights(raw: *const E, step: usize) -> L {
+        // SAFETY: the caller's contract; a group holds 8 steps of two tiles.
+        unsafe { E::load(raw.add(step * PANEL)) }
+    }
+}
+
+/// 4-bit numbers: `Q4_0` with `OFFSET` 8, `Q4_1` with 0.
+pub(super) struct Nibbles<const OFFSET: usize>;
+
+impl<L: Lanes, const OFFSET: usize> Source<Exact<L>> for Nibbles<OFFSET> {
+    type Raw = L::Bits;
+    const SCALES: usize = if OFFSET == 0 { 2 } else { 1 };
+    const GROUPS: usize = 4;
+    const STEPS: usize = 8;
+    const BYTES: usize = PANEL * 4;
+
+    #[inline(always)]
+    unsafe fn raw(group: *const u8, tile: usize) -> L::Bits {
+        // SAFETY: the caller's contract; a tile has 64 bytes.
+        unsafe { L::load_bits(group.add(tile * 64)) }
+    }
+    #[inline(always)]
+    unsafe fn weights(raw: L::Bits, step: usize) -> L {
+        let shift = 16 * (step % 2) + 4 * (step / 2);
+        L::nibble(raw, shift as u32, OFFSET as f32)
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl<const OFFSET: usize> Source<PairProduct> for Nibbles<OFFSET> {
+    type Raw = Pairs;
+    const SCALES: usize = if OFFSET == 0 { 2 } else { 1 };
+    const GROUPS: usize = 4;
+    const STEPS: usize = 4;
+    const BYTES: usize = PANEL * 4;
+
+    #[inline(always)]
+    unsafe fn raw(group: *const u8, tile: usize) -> Pairs {
+        // SAFETY: the caller's contract; a tile has 64 bytes.
+        unsafe { Pairs::load(group.add(tile * 64)) }
+    }
+    #[inline(always)]
+    unsafe fn weights(raw: Pairs, step: usize) -> Pairs {
+        raw.nibble::<OFFSET>(step)
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl<const OFFSET: usize> Source<IntegerDot> for Nibbles<OFFSET> {
+    type Raw = Integers;
+    const SCALES: usize = if OFFSET == 0 { 2 } else { 1 };
+    const GROUPS: usize = 4;
+    const STEPS: usize = 4;
+    const BYTES: usize = PANEL * 4;
+    const OFFSET: i32 = OFFSET as i32;
+
+    #[inline(always)]
+    unsafe fn raw(group: *const u8, tile: usize) -> Integers {
+        // SAFETY: the caller's contract; a tile has 64 bytes.
+        unsafe { Integers::load(group.add(tile * 64)) }
+    }
+    #[inline(always)]
+    unsafe fn weights(raw: Integers, step: usize) -> Integers {
+        raw.nibble(step)
+    }
+}
+
+/// Bytes of a group of [`DensePairs`]: four pairs of each row.
+#[cfg(target_arch = "x86_64")]
+const DENSE_GROUP_BYTES: usize = PANEL * 16;
+
+/// Pairs of bf16.
+#[cfg(target_arch = "x86_64")]
+pub(super) struct DensePairs;
+
+#[cfg(target_arch = "x86_64")]
+impl Source<PairProduct> for DensePairs {
+    type Raw = *const u8;
+    const SCALES: usize = 0;
+    const GROUPS: usize = 1;
+    const STEPS: usize = 4;
+    const BYTES: usize = DENSE_GROUP_BYTES;
+
+    #[inline(always)]
+    unsafe fn raw(group: *const u8, tile: usize) -> *const u8 {
+        group.wrapping_add(tile * 64)
+    }
+    #[inline(always)]
+    unsafe fn weights(raw: *const u8, step: usize) -> Pairs {
+        // SAFETY: the caller's contract; a step has 128 bytes.
+        unsafe { Pairs::load(raw.add(step * 128)) }
+    }
+}
+
+/// Pairs of i8 with scales.
+#[cfg(target_arch = "x86_64")]
+pub(super) struct BytePairs;
+
+#[cfg(target_arch = "x86_64")]
+impl Source<PairProduct> for BytePairs {
+    type Raw = *const u8;
+    const SCALES: usize = 1;
+    const GROUPS: usize = 4;
+    const STEPS: usize = 4;
+    const BYTES: usize = PANEL * 8;
+
+    #[inline(always)]
+    unsafe fn raw(group: *const u8, tile: usize) -> *const u8 {
+        group.wrapping_add(tile * 32)
+    }
+    #[inline(always)]
+    unsafe fn weights(raw: *const u8, step: usize) -> Pairs {
+        // SAFETY: the caller's contract; a step has 64 bytes.
+        unsafe { Pairs::load_i8(raw.add(step * 64)) }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Source<IntegerDot> for BytePairs {
+    type Raw = *const u8;
+    const SCALES: usize = 1;
+    const GROUPS: usize = 4;
+    const STEPS: usize = 4;
+    const BYTES: usize = PANEL * 8;
+
+    #[inline(always)]
+    unsafe fn raw(group: *const u8, tile: usize) -> *const u8 {
+        group.wrapping_add(tile * 32)
+    }
+    #[inline(always)]
+    unsafe fn weights(raw: *const u8, step: usize) -> Integers {
+        // SAFETY: the caller's contract; a step has 64 bytes.
+        unsafe { Integers::load_i8(raw.add(step * 64)) }
+    }
+}
+
+/// A panel of another source with its numbers as pairs of 16 bits: for many rows, so that the numbers are
+/// unpacked once. `OFFSET` is what they are stored plus still.
+#[cfg(target_arch = "x86_64")]
+pub(super) struct Expanded<const SCALES: usize, const OFFSET: usize>;
+
+#[cfg(target_arch = "x86_64")]
+impl<const SCALES: usize, const OFFSET: usize> Source<PairProduct> for Expanded<SCALES, OFFSET> {
+    type Raw = *const u8;
+    const SCALES: usize = SCALES;
+    const GROUPS: usize = 4;
+    const STEPS: usize = 4;
+    const BYTES: usize = DENSE_GROUP_BYTES;
+    const BOTH_TILES: bool = false;
+
+    #[inline(always)]
+    unsafe fn raw(group: *const u8, tile: usize) -> *const u8 {
+        // SAFETY: the caller's contract.
+        unsafe { DensePairs::raw(group, tile) }
+    }
+    #[inline(always)]
+    unsafe fn weights(raw: *const u8, step: usize) -> Pairs {
+        // SAFETY: the caller's contract.
+        unsafe { DensePairs::weights(raw, step) }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl<const SCALES: usize, const OFFSET: usize> Source<IntegerDot> for Expanded<SCALES, OFFSET> {
+    type Raw = *const u8;
+    const SCALES: usize = SCALES;
+    const GROUPS: usize = 4;
+    const STEPS: usize = 4;
+    const BYTES: usize = DENSE_GROUP_BYTES;
+    const OFFSET: i32 = OFFSET as i32;
+
+    #[inline(always)]
+    unsafe fn raw(group: *const u8, tile: usize) -> *const u8 {
+        group.wrapping_add(tile * 64)
+    }
+    #[inline(always)]
+    unsafe fn weights(raw: *const u8, step: usize) -> Integers {
+        // SAFETY: the caller's contract; a step has 128 bytes.
+        unsafe { Integers::load(raw.add(step * 128)) }
+    }
+}
+
+/// Pairs of 16-bit numbers for a tile's rows: 64 bytes.
+#[cfg(target_arch = "x86_64")]
+pub(super) trait Store {
+    /// # Safety
+    /// `p` is valid for writes of 64 bytes.
+    unsafe fn store_pairs(self, p: *mut u8);
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Store for Pairs {
+    #[inline(always)]
+    unsafe fn store_pairs(self, p: *mut u8) {
+        // SAFETY: the caller's contract.
+        unsafe { self.store(p) }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Store for Integers {
+    #[inline(always)]
+    unsafe fn store_pairs(self, p: *mut u8) {
+        // SAFETY: the caller's contract.
+        unsafe { self.store(p) }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl<const SCALES: usize, const OFFSET: usize> Expanded<SCALES, OFFSET> {
+    /// Bytes of a block of 32 `k`.
+    pub(super) const BLOCK: usize = SCALES * PANEL * 2 + 4 * DENSE_GROUP_BYTES;
+
+    /// Expands a panel of `blocks` blocks.
+    ///
+    /// # Safety
+    /// `panel` points to the whole panel, `to` to room for as many blocks.
+    #[inline(always)]
+    pub(super) unsafe fn expand<P: Dot<Weights: Store>, S: Source<P>>(
+        panel: *const u8,
+        blocks: usize,
+        to: *mut u8,
+    ) {
+        let head = SCALES * PANEL * 2;
+        for block in 0..blocks {
+            // SAFETY: the caller's contract.
+            unsafe {
+                let from = panel.add(block * (head + S::GROUPS * S::BYTES));
+                let to = to.add(block * Self::BLOCK);
+                from.copy_to_nonoverlapping(to, head);
+                for group in 0..S::GROUPS {
+                    let raw = array_of!(t < 2 => S::raw(from.add(head + group * S::BYTES), t));
+                    let to = to.add(head + group * DENSE_GROUP_BYTES);
+                    macro_rules! steps {
+                        ($($step:literal)*) => {$(
+                            S::weights(raw[0], $step).store_pairs(to.add($step * 128));
+                            S::weights(raw[1], $step).store_pairs(to.add($step * 128 + 64));
+                        )*};
+                    }
+                    steps!(0 1 2 3);
+                }
+            }
+        }
+    }
+}
