@@ -37,30 +37,28 @@ pub(super) struct PanelTask {
 }
 
 impl PanelTask {
+    /// How many tiles of `m` rows are computed together: both where registers have room for their sums.
+    pub(super) const fn tiles_at_once<P: Dot, S: Source<P>>(m: usize) -> usize {
+        if m == 1 || P::L::WIDE && S::BOTH_TILES { 2 } else { 1 }
+    }
+
+    /// Computes the tiles from `first` on, as many as [`Self::tiles_at_once`] says.
+    ///
     /// # Safety
     /// The pointers are valid for what their comments say, with `m` rows of activations.
     #[inline(always)]
-    pub(super) unsafe fn run<P: Dot, S: Source<P>>(self, m: usize) {
+    pub(super) unsafe fn run<P: Dot, S: Source<P>>(self, m: usize, first: usize) {
         // SAFETY: the caller's contract.
         unsafe {
-            match (P::L::WIDE, m) {
-                (true, 1) => self.tiles::<P, S, 1, 2>(0),
-                (true, 2) => self.tiles::<P, S, 2, 2>(0),
-                (true, 4) => self.tiles::<P, S, 4, 2>(0),
-                (true, 8) if !S::BOTH_TILES => self.both::<P, S, 8>(),
-                (true, _) => self.tiles::<P, S, 8, 2>(0),
-                (false, 1) => self.both::<P, S, 1>(),
-                (false, 2) => self.both::<P, S, 2>(),
-                (false, _) => self.both::<P, S, 4>(),
+            match (Self::tiles_at_once::<P, S>(m), m) {
+                (_, 1) => self.tiles::<P, S, 1, 2>(first),
+                (2, 2) => self.tiles::<P, S, 2, 2>(first),
+                (2, 4) => self.tiles::<P, S, 4, 2>(first),
+                (2, _) => self.tiles::<P, S, 8, 2>(first),
+                (_, 2) => self.tiles::<P, S, 2, 1>(first),
+                (_, 4) => self.tiles::<P, S, 4, 1>(first),
+                _ => self.tiles::<P, S, 8, 1>(first),
             }
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn both<P: Dot, S: Source<P>, const M: usize>(self) {
-        for tile in 0..2 {
-            // SAFETY: the caller's contract.
-            unsafe { self.tiles::<P, S, M, 1>(tile) }
         }
     }
 

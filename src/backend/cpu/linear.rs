@@ -392,7 +392,11 @@ impl Panels<'_> {
         assert_eq!(steps * blocks, x.steps, "the activations have the steps of the panel");
         let col = segment.start + panel * PANEL;
         let cols = (segment.rows - panel * PANEL).min(PANEL);
-        for group in self.groups {
+        // Tile by tile: the weights of one stay in the first-level cache while all rows pass.
+        for (first, group) in (0..2).flat_map(|first| self.groups.iter().map(move |g| (first, g))) {
+            if first > 0 && PanelTask::tiles_at_once::<P, S>(group.m) > 1 {
+                continue;
+            }
             let sums = if S::SCALES == 2 || P::SCALED {
                 x.sums[group.start * x.blocks..].as_ptr()
             } else {
@@ -412,7 +416,7 @@ impl Panels<'_> {
             // SAFETY: the caller's contract for the panel; the activations hold all
             // steps as asserted, and a sum per block; the output has `group.rows` rows from
             // `group.start` on and `cols` columns from `col` on, and no other task has them.
-            unsafe { task.run::<P, S>(group.m) }
+            unsafe { task.run::<P, S>(group.m, first) }
         }
     }
 }

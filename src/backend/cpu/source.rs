@@ -25,8 +25,8 @@ pub(super) trait Source<P: Dot> {
     const BYTES: usize;
     /// What the numbers are stored plus, where [`Dot::start`] takes it away.
     const OFFSET: i32 = 0;
-    /// Whether eight rows meet both tiles at once. Sums and totals then take more registers than there
-    /// are, but an activation is read once.
+    /// Whether several rows meet both tiles at once on a wide machine. Sums and totals of eight then take more
+    /// registers than there are, but an activation is read once.
     const BOTH_TILES: bool = true;
 
     /// # Safety
