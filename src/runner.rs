@@ -229,23 +229,22 @@ impl Forward for Runner {
     fn forward(&mut self, step: &Step<'_>, beat: &dyn Fn()) -> Result<Outcome> {
         let vocab_size = self.vocab_size;
         let Packed { mut batch, rows, follows, wanted, draws } = Packed::new(step);
+        let drawn = self.drawn.take();
         if follows {
-            batch.follows = self.drawn.take();
-            if batch.follows.is_none() {
-                return Err(Error::bug("the step before has drawn nothing"));
-            }
+            let drawn = drawn.ok_or_else(|| Error::bug("the step before has drawn nothing"))?;
+            batch.follows = Some(drawn);
         }
         let decodes = step.chunks.iter().all(Chunk::decodes);
         let logits = self.pass(batch, &rows, decodes, beat)?;
         let Some(logits) = logits else {
             return Ok(Outcome::Ready(Logits { vocab_size, ..Logits::default() }));
         };
-        if draws.is_empty() && wanted.len() == rows.len() {
+        if draws.is_empty() {
             let values = logits.flatten_all()?.to_vec1()?;
             return Ok(Outcome::Ready(Logits { values, vocab_size, drawn: Vec::new() }));
         }
         let draws = self.backend.draw(&logits, &draws)?;
-        self.drawn = Some(draws.tokens());
+        self.drawn = Some(draws.tokens()?);
         if wanted.is_empty() {
             return Ok(Outcome::Running(Box::new(Drawing { draws, vocab_size })));
         }

@@ -99,12 +99,13 @@ impl Scheduler {
 
     /// Plans the step after the planned one (its [`Sequence::chunk_ahead`]), which may still run: one row
     /// for each token that it draws and that is not the last. Says whether there is such a step: not
-    /// where somebody waits, something else than draws goes on, or blocks are lacking.
+    /// where somebody waits for a place that is free, something else than draws goes on, or blocks are lacking.
     pub fn plan_ahead(&mut self) -> bool {
         let draws = |sequence: &Sequence| {
             sequence.planned.is_some_and(|planned| matches!(planned.rows, LogitRows::Drawn(_)))
         };
-        if self.num_waiting() > 0 || !self.running.iter().all(draws) {
+        let may_admit = self.num_waiting() > 0 && self.running.len() < self.max_num_seqs;
+        if may_admit || !self.running.iter().all(draws) {
             return false;
         }
         let (limit, mut rows) = (self.max_len(), 0);

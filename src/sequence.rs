@@ -267,7 +267,7 @@ impl Sequence {
     /// Takes the table of a running sequence whose blocks go to an older one. It starts over.
     pub(crate) fn preempt(&mut self) -> Option<BlockTable> {
         self.num_computed = 0;
-        self.planned = None;
+        (self.planned, self.ahead) = (None, None);
         self.metrics.num_preemptions += 1;
         // The rows come again with the recomputation.
         if let Some(rows) = &mut self.prompt_logprobs {

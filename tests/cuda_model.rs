@@ -104,6 +104,16 @@ fn decode_steps_replay_graphs_and_take_no_memory() {
     assert_eq!(round(&mut engine), [11, 0]);
 }
 
+/// Eleven rows take the graph of sixteen.
+#[test]
+fn rows_of_padding_change_nothing() {
+    let vocab_size = checkpoint::load(&fixture("llama")).expect("loads").spec.vocab_size;
+    let config = EngineConfig { vocab_size, num_blocks: 32, ..fake::config() };
+    let requests: Vec<_> = (0..11).map(|id| (vec![40 - id, id + 1], fake::greedy(6))).collect();
+    let alone = outputs("llama", DType::BFloat16, &config, &requests, true);
+    assert_eq!(outputs("llama", DType::BFloat16, &config, &requests, false), alone);
+}
+
 #[cfg(feature = "cuda-emulator")]
 #[test]
 fn graphs_keep_their_memory_when_there_is_no_more() {

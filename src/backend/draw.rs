@@ -45,8 +45,7 @@ pub enum PendingDraws {}
 #[cfg(not(feature = "cuda"))]
 impl PendingDraws {
     /// The tokens, before they are known here.
-    #[must_use]
-    pub fn tokens(&self) -> DrawnTokens {
+    pub fn tokens(&self) -> Result<DrawnTokens> {
         match *self {}
     }
 

@@ -210,11 +210,15 @@ impl Backend {
     /// Rows of `table` for the tokens of `batch`: the residual stream, `[tokens, hidden]` f32.
     pub fn embedding(&self, table: &Table, batch: &Batch) -> Result<Tensor> {
         let (rows, ids) = (table.rows(), &batch.ids);
-        let unknown = || ids.iter().find(|&&id| id as usize >= rows);
-        if let (Some(id), None) = (unknown(), &batch.follows) {
+        if batch.follows.is_none()
+            && let Some(id) = ids.iter().find(|&&id| id as usize >= rows)
+        {
             return Err(Error::invalid(format!("token ids must be below {rows}; given: {id}")));
         }
         match (&self.kind, &table.rows) {
+            (Kind::Cpu(_), TableRows::Stored(_)) if batch.follows.is_some() => {
+                Err(Error::bug("on the CPU the sampler draws"))
+            }
             (Kind::Cpu(_), TableRows::Stored(stored)) => {
                 let mut values = vec![0.0; ids.len() * stored.cols()];
                 for (&id, values) in ids.iter().zip(values.chunks_exact_mut(stored.cols().max(1))) {

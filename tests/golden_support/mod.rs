@@ -54,7 +54,7 @@ impl Golden {
 pub(crate) fn runner(name: &str, backend: Backend) -> Runner {
     let checkpoint = checkpoint::load(&fixture(name)).expect("loads");
     let request =
-        CapacityRequest { kv_cache_tokens: Some(512), max_num_seqs: 8, ..Default::default() };
+        CapacityRequest { kv_cache_tokens: Some(512), max_num_seqs: 16, ..Default::default() };
     Runner::load(checkpoint, backend, &request).expect("packs").0
 }
 

@@ -24,7 +24,7 @@ pub(super) struct PanelTask {
     pub(super) x: *const u32,
     /// What is known of the activations of each block: `[block][row]` sums, read where there are minima; or,
     /// for [`Dot::SCALED`], `[block][2][row]` scales and sums in units of them.
-    pub(super) sums: *const f32,
+    pub(super) about: *const f32,
     /// The panel's bias, or null. As many as `cols`.
     pub(super) bias: *const f32,
     /// Output of the first row and the panel's first column.
@@ -73,7 +73,7 @@ impl PanelTask {
             unsafe {
                 let scales = self.panel.add(block * block_bytes);
                 let groups = scales.add(S::SCALES * PANEL * 2);
-                let about = self.sums.wrapping_add(block * if P::SCALED { 2 * M } else { M });
+                let about = self.about.wrapping_add(block * if P::SCALED { 2 * M } else { M });
                 let mut part = array_of!(r < M => if S::SCALES == 0 {
                     array_of!(t < T => P::resume(total[r][t]))
                 } else {

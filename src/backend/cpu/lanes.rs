@@ -29,8 +29,8 @@ pub(super) use array_of;
 /// Sixteen f32 values.
 ///
 /// # Safety
-/// Values may only be made inside [`super::tier::Tier::run`], where the features are known to be
-/// present: `unsafe` methods state what else they need.
+/// Values may only be made inside [`super::tier::Tier::run`] and [`super::product::run`], where the features are
+/// known to be present: `unsafe` methods state what else they need.
 pub(crate) trait Lanes: Copy + 'static {
     /// Sixteen 32-bit words.
     type Bits: Copy;

@@ -15,10 +15,10 @@ use super::product::{Dot, Exact, ProductKernel, run};
 #[cfg(target_arch = "x86_64")]
 use super::product::{IntegerDot, PairProduct};
 #[cfg(target_arch = "x86_64")]
-use super::source::{BytePairs, DensePairs, Expanded, Store};
+use super::source::{BytePairs, DensePairs, Expanded};
 use super::source::{Nibbles, Plain, Source};
 #[cfg(target_arch = "x86_64")]
-use super::x86::{Avx2, Avx512, Integers, Pairs};
+use super::x86::{Avx2, Avx512, Integers, PairWords, Pairs};
 use super::{Arithmetic, Cpu};
 use crate::weights::Encoding;
 
@@ -73,10 +73,10 @@ fn groups(rows: usize, wide: bool) -> Vec<Group> {
 struct Activations {
     arithmetic: Arithmetic,
     words: Vec<u32>,
-    sums: Vec<f32>,
+    about: Vec<f32>,
     /// Words per slot.
     steps: usize,
-    /// Sums (and scales) per slot, or 0.
+    /// Numbers about them per slot, or 0.
     blocks: usize,
 }
 
@@ -100,22 +100,22 @@ impl Activations {
         let mut words =
             cpu.scratch.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
         words.resize(slots * steps, 0);
-        let mut sums = vec![0.0; slots * blocks];
-        let (shared_words, shared_sums) = (Shared::new(&mut words), Shared::new(&mut sums));
+        let mut about = vec![0.0; slots * blocks];
+        let (shared_words, shared_about) = (Shared::new(&mut words), Shared::new(&mut about));
         cpu.pool.run(groups.len(), &|index| {
             let group = &groups[index];
             // Every group before this one is full, so its slots are its rows.
             // SAFETY: the parts of different groups are disjoint.
-            let (words, sums) = unsafe {
+            let (words, about) = unsafe {
                 (
                     shared_words.part(group.start * steps, group.m * steps),
-                    shared_sums.part(group.start * blocks, group.m * blocks),
+                    shared_about.part(group.start * blocks, group.m * blocks),
                 )
             };
             let x = &x[group.start * weight.cols..][..group.rows * weight.cols];
-            run(cpu.tier, arithmetic, PackGroup { x, cols: weight.cols, m: group.m, words, sums });
+            run(cpu.tier, arithmetic, PackGroup { x, cols: weight.cols, m: group.m, words, about });
         });
-        Self { arithmetic, words, sums, steps, blocks }
+        Self { arithmetic, words, about, steps, blocks }
     }
 }
 
@@ -125,7 +125,7 @@ struct PackGroup<'a> {
     cols: usize,
     m: usize,
     words: &'a mut [u32],
-    sums: &'a mut [f32],
+    about: &'a mut [f32],
 }
 
 /// What becomes of 32 columns of a row.
@@ -194,6 +194,8 @@ impl Convert for RoundToIntegers {
     #[inline(always)]
     fn convert(columns: &[f32; 32]) -> Converted {
         const LARGEST: f32 = 32767.0;
+        // Far below, the factor would overflow; nothing that matters is so small.
+        const LEAST: f32 = 1e-30;
         // SAFETY: two times 16 values.
         let (a, b) = unsafe { (Avx2::load(columns.as_ptr()), Avx2::load(columns[16..].as_ptr())) };
         let zero = Avx2::splat(0.0);
@@ -201,11 +203,12 @@ impl Convert for RoundToIntegers {
         let size = most.max(zero.sub(least)).greatest();
         // NaN where a column is NaN or infinite: integers would hide it.
         let poison = a.sub(a).add(b.sub(b)).sum();
-        let factor = if size > 0.0 { LARGEST / size } else { 0.0 };
+        let (factor, scale) =
+            if size > LEAST { (LARGEST / size, size / LARGEST) } else { (0.0, 0.0) };
         let (pairs, sum) = Integers::round(columns, factor);
         let mut words = [0; 32];
         words[..16].copy_from_slice(&pairs);
-        Converted { words, scale: size / LARGEST + poison, sum: sum as f32 }
+        Converted { words, scale: scale + poison, sum: sum as f32 }
     }
 }
 
@@ -225,10 +228,10 @@ impl PackGroup<'_> {
                     self.words[(first + i) * self.m + slot] = word;
                 }
                 if C::SCALED {
-                    self.sums[2 * block * self.m + slot] = scale;
-                    self.sums[(2 * block + 1) * self.m + slot] = sum;
-                } else if !self.sums.is_empty() {
-                    self.sums[block * self.m + slot] = sum;
+                    self.about[2 * block * self.m + slot] = scale;
+                    self.about[(2 * block + 1) * self.m + slot] = sum;
+                } else if !self.about.is_empty() {
+                    self.about[block * self.m + slot] = sum;
                 }
             }
         }
@@ -354,7 +357,7 @@ impl Panels<'_> {
     #[inline(always)]
     fn quantised<P, S: Source<P>, const SCALES: usize, const OFFSET: usize>(self)
     where
-        P: Dot<Weights: Store>,
+        P: Dot<Weights: PairWords>,
         Expanded<SCALES, OFFSET>: Source<P>,
     {
         if self.groups.len() < EXPAND_FROM {
@@ -397,8 +400,8 @@ impl Panels<'_> {
             if first > 0 && PanelTask::tiles_at_once::<P, S>(group.m) > 1 {
                 continue;
             }
-            let sums = if S::SCALES == 2 || P::SCALED {
-                x.sums[group.start * x.blocks..].as_ptr()
+            let about = if S::SCALES == 2 || P::SCALED {
+                x.about[group.start * x.blocks..][..group.m * x.blocks].as_ptr()
             } else {
                 std::ptr::null()
             };
@@ -406,7 +409,7 @@ impl Panels<'_> {
                 panel: bytes,
                 blocks,
                 x: x.words[group.start * x.steps..][..group.m * x.steps].as_ptr(),
-                sums,
+                about,
                 bias: weight.bias.get(col..col + cols).map_or(std::ptr::null(), <[f32]>::as_ptr),
                 out: self.out.at(group.start * weight.rows + col),
                 stride: weight.rows,
@@ -414,7 +417,7 @@ impl Panels<'_> {
                 cols,
             };
             // SAFETY: the caller's contract for the panel; the activations hold all
-            // steps as asserted, and a sum per block; the output has `group.rows` rows from
+            // steps as asserted, and what is known of each block, `blocks` numbers per slot; the output has `group.rows` rows from
             // `group.start` on and `cols` columns from `col` on, and no other task has them.
             unsafe { task.run::<P, S>(group.m, first) }
         }

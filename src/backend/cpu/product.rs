@@ -1,4 +1,5 @@
-//! How numbers multiply: f32 with f32, or pairs of bf16 with pairs of bf16; and kernels that come in both.
+//! How numbers multiply: f32 with f32, pairs of bf16 with pairs of bf16, or, in projections alone, small integers
+//! with integers of 16 bits; and kernels that come in all of them.
 #![allow(unsafe_code)] // Activations are read through raw pointers.
 
 use std::marker::PhantomData;
@@ -181,7 +182,8 @@ impl Dot for IntegerDot {
     }
     #[inline(always)]
     fn start(sum: f32, offset: i32) -> Integers {
-        Integers::splat(-offset * sum as i32)
+        // Of 32 integers within ±32767 an f32 holds the sum exactly.
+        Integers::splat(-(offset * sum as i32))
     }
     #[inline(always)]
     fn resume(_: Avx2) -> Integers {

@@ -9,7 +9,7 @@ use super::product::{Dot, Exact};
 #[cfg(target_arch = "x86_64")]
 use super::product::{IntegerDot, PairProduct};
 #[cfg(target_arch = "x86_64")]
-use super::x86::{Integers, Pairs};
+use super::x86::{Integers, PairWords, Pairs};
 
 /// How the weights of a panel are read (see [`super::pack`] for the layout).
 pub(super) trait Source<P: Dot> {
@@ -153,7 +153,7 @@ impl Source<PairProduct> for DensePairs {
 pub(super) struct BytePairs;
 
 #[cfg(target_arch = "x86_64")]
-impl Source<PairProduct> for BytePairs {
+impl<P: Dot<Weights: PairWords>> Source<P> for BytePairs {
     type Raw = *const u8;
     const SCALES: usize = 1;
     const GROUPS: usize = 4;
@@ -165,28 +165,9 @@ impl Source<PairProduct> for BytePairs {
         group.wrapping_add(tile * 32)
     }
     #[inline(always)]
-    unsafe fn weights(raw: *const u8, step: usize) -> Pairs {
+    unsafe fn weights(raw: *const u8, step: usize) -> P::Weights {
         // SAFETY: the caller's contract; a step has 64 bytes.
-        unsafe { Pairs::load_i8(raw.add(step * 64)) }
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-impl Source<IntegerDot> for BytePairs {
-    type Raw = *const u8;
-    const SCALES: usize = 1;
-    const GROUPS: usize = 4;
-    const STEPS: usize = 4;
-    const BYTES: usize = PANEL * 8;
-
-    #[inline(always)]
-    unsafe fn raw(group: *const u8, tile: usize) -> *const u8 {
-        group.wrapping_add(tile * 32)
-    }
-    #[inline(always)]
-    unsafe fn weights(raw: *const u8, step: usize) -> Integers {
-        // SAFETY: the caller's contract; a step has 64 bytes.
-        unsafe { Integers::load_i8(raw.add(step * 64)) }
+        unsafe { P::Weights::load_i8(raw.add(step * 64)) }
     }
 }
 
@@ -196,69 +177,26 @@ impl Source<IntegerDot> for BytePairs {
 pub(super) struct Expanded<const SCALES: usize, const OFFSET: usize>;
 
 #[cfg(target_arch = "x86_64")]
-impl<const SCALES: usize, const OFFSET: usize> Source<PairProduct> for Expanded<SCALES, OFFSET> {
-    type Raw = *const u8;
-    const SCALES: usize = SCALES;
-    const GROUPS: usize = 4;
-    const STEPS: usize = 4;
-    const BYTES: usize = DENSE_GROUP_BYTES;
-    const BOTH_TILES: bool = false;
-
-    #[inline(always)]
-    unsafe fn raw(group: *const u8, tile: usize) -> *const u8 {
-        // SAFETY: the caller's contract.
-        unsafe { DensePairs::raw(group, tile) }
-    }
-    #[inline(always)]
-    unsafe fn weights(raw: *const u8, step: usize) -> Pairs {
-        // SAFETY: the caller's contract.
-        unsafe { DensePairs::weights(raw, step) }
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-impl<const SCALES: usize, const OFFSET: usize> Source<IntegerDot> for Expanded<SCALES, OFFSET> {
+impl<P, const SCALES: usize, const OFFSET: usize> Source<P> for Expanded<SCALES, OFFSET>
+where
+    P: Dot<Weights: PairWords>,
+{
     type Raw = *const u8;
     const SCALES: usize = SCALES;
     const GROUPS: usize = 4;
     const STEPS: usize = 4;
     const BYTES: usize = DENSE_GROUP_BYTES;
     const OFFSET: i32 = OFFSET as i32;
+    const BOTH_TILES: bool = false;
 
     #[inline(always)]
     unsafe fn raw(group: *const u8, tile: usize) -> *const u8 {
         group.wrapping_add(tile * 64)
     }
     #[inline(always)]
-    unsafe fn weights(raw: *const u8, step: usize) -> Integers {
+    unsafe fn weights(raw: *const u8, step: usize) -> P::Weights {
         // SAFETY: the caller's contract; a step has 128 bytes.
-        unsafe { Integers::load(raw.add(step * 128)) }
-    }
-}
-
-/// Pairs of 16-bit numbers for a tile's rows: 64 bytes.
-#[cfg(target_arch = "x86_64")]
-pub(super) trait Store {
-    /// # Safety
-    /// `p` is valid for writes of 64 bytes.
-    unsafe fn store_pairs(self, p: *mut u8);
-}
-
-#[cfg(target_arch = "x86_64")]
-impl Store for Pairs {
-    #[inline(always)]
-    unsafe fn store_pairs(self, p: *mut u8) {
-        // SAFETY: the caller's contract.
-        unsafe { self.store(p) }
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-impl Store for Integers {
-    #[inline(always)]
-    unsafe fn store_pairs(self, p: *mut u8) {
-        // SAFETY: the caller's contract.
-        unsafe { self.store(p) }
+        unsafe { P::Weights::load(raw.add(step * 128)) }
     }
 }
 
@@ -272,7 +210,7 @@ impl<const SCALES: usize, const OFFSET: usize> Expanded<SCALES, OFFSET> {
     /// # Safety
     /// `panel` points to the whole panel, `to` to room for as many blocks.
     #[inline(always)]
-    pub(super) unsafe fn expand<P: Dot<Weights: Store>, S: Source<P>>(
+    pub(super) unsafe fn expand<P: Dot<Weights: PairWords>, S: Source<P>>(
         panel: *const u8,
         blocks: usize,
         to: *mut u8,
@@ -289,8 +227,8 @@ impl<const SCALES: usize, const OFFSET: usize> Expanded<SCALES, OFFSET> {
                     let to = to.add(head + group * DENSE_GROUP_BYTES);
                     macro_rules! steps {
                         ($($step:literal)*) => {$(
-                            S::weights(raw[0], $step).store_pairs(to.add($step * 128));
-                            S::weights(raw[1], $step).store_pairs(to.add($step * 128 + 64));
+                            S::weights(raw[0], $step).store(to.add($step * 128));
+                            S::weights(raw[1], $step).store(to.add($step * 128 + 64));
                         )*};
                     }
                     steps!(0 1 2 3);

@@ -18,7 +18,7 @@ pub(super) struct Avx512(__m512);
 /// Calls intrinsics on lanes. All uses share one argument.
 macro_rules! intrinsic {
     ($call:expr) => {
-        // SAFETY: lanes only exist inside `Tier::run`, which has the features of their tier
+        // SAFETY: lanes only exist inside `Tier::run` and `product::run`, which have the features of their tier
         // enabled; for loads and stores the caller's contract covers the pointer.
         unsafe { $call }
     };
@@ -272,40 +272,47 @@ impl Lanes for Avx2 {
     }
 }
 
+/// Sixteen rows' pairs of 16-bit numbers, in whatever registers they take.
+pub(super) trait PairWords: Copy {
+    /// # Safety
+    /// `p` is valid for reads of 64 bytes.
+    unsafe fn load(p: *const u8) -> Self;
+    /// Sixteen pairs of i8, exact.
+    ///
+    /// # Safety
+    /// `p` is valid for reads of 32 bytes.
+    unsafe fn load_i8(p: *const u8) -> Self;
+    /// # Safety
+    /// `p` is valid for writes of 64 bytes.
+    unsafe fn store(self, p: *mut u8);
+}
+
 /// Sixteen rows' pairs of 16-bit integers, or sixteen 32-bit ones, in two registers. Needs AVX2.
 #[derive(Clone, Copy)]
 pub(super) struct Integers(__m256i, __m256i);
 
-impl Integers {
-    /// # Safety
-    /// `p` is valid for reads of 64 bytes.
+impl PairWords for Integers {
     #[inline(always)]
-    pub(super) unsafe fn load(p: *const u8) -> Self {
+    unsafe fn load(p: *const u8) -> Self {
         intrinsic!(Self(_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(32).cast())))
     }
-
-    /// Sixteen pairs of i8.
-    ///
-    /// # Safety
-    /// `p` is valid for reads of 32 bytes.
     #[inline(always)]
-    pub(super) unsafe fn load_i8(p: *const u8) -> Self {
+    unsafe fn load_i8(p: *const u8) -> Self {
         intrinsic!(Self(
             _mm256_cvtepi8_epi16(_mm_loadu_si128(p.cast())),
             _mm256_cvtepi8_epi16(_mm_loadu_si128(p.add(16).cast())),
         ))
     }
-
-    /// # Safety
-    /// `p` is valid for writes of 64 bytes.
     #[inline(always)]
-    pub(super) unsafe fn store(self, p: *mut u8) {
+    unsafe fn store(self, p: *mut u8) {
         intrinsic!({
             _mm256_storeu_si256(p.cast(), self.0);
             _mm256_storeu_si256(p.add(32).cast(), self.1);
         });
     }
+}
 
+impl Integers {
     /// Bits `4 * step..4 * step + 4` of each 16-bit word.
     #[inline(always)]
     pub(super) fn nibble(self, step: usize) -> Self {
@@ -343,29 +350,30 @@ impl Integers {
     /// Numbers times `factor`, rounded to integers within ±32767: sixteen pairs, and their sum.
     #[inline(always)]
     pub(super) fn round(numbers: &[f32; 32], factor: f32) -> ([u32; 16], i32) {
-        let mut words = [0; 16];
-        let mut sum = Self::splat(0);
-        intrinsic!({
+        let (mut words, ones) = ([0; 16], Self::splat(0x1_0001));
+        let sum = intrinsic!({
             let factor = _mm256_set1_ps(factor);
-            let rounded = |at: usize| {
-                _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(numbers.as_ptr().add(at)), factor))
-            };
-            // Both halves of a register are packed by themselves.
-            let pack = |a, b| _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(a, b));
-            let pairs = Self(pack(rounded(0), rounded(8)), pack(rounded(16), rounded(24)));
+            macro_rules! pairs {
+                ($at:literal) => {{
+                    let low = _mm256_mul_ps(_mm256_loadu_ps(numbers.as_ptr().add($at)), factor);
+                    let high =
+                        _mm256_mul_ps(_mm256_loadu_ps(numbers.as_ptr().add($at + 8)), factor);
+                    // Both halves of a register are packed by themselves.
+                    let packed =
+                        _mm256_packs_epi32(_mm256_cvtps_epi32(low), _mm256_cvtps_epi32(high));
+                    _mm256_permute4x64_epi64::<0b11_01_10_00>(packed)
+                }};
+            }
+            let pairs = Self(pairs!(0), pairs!(16));
             pairs.store(words.as_mut_ptr().cast());
-            sum = pairs.dot(Self(_mm256_set1_epi16(1), _mm256_set1_epi16(1)), sum);
+            let Self(a, b) = pairs.dot(ones, Self::splat(0));
+            let sum = _mm256_add_epi32(a, b);
+            let sum =
+                _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256::<1>(sum));
+            let sum = _mm_add_epi32(sum, _mm_shuffle_epi32::<0b01_00_11_10>(sum));
+            _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32::<0b10_11_00_01>(sum)))
         });
-        (
-            words,
-            intrinsic!({
-                let sum = _mm256_add_epi32(sum.0, sum.1);
-                let sum =
-                    _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256::<1>(sum));
-                let sum = _mm_add_epi32(sum, _mm_shuffle_epi32::<0b01_00_11_10>(sum));
-                _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32::<0b10_11_00_01>(sum)))
-            }),
-        )
+        (words, sum)
     }
 }
 
@@ -374,14 +382,26 @@ impl Integers {
 #[derive(Clone, Copy)]
 pub(super) struct Pairs(__m512i);
 
-impl Pairs {
-    /// # Safety
-    /// `p` is valid for reads of 64 bytes.
+impl PairWords for Pairs {
     #[inline(always)]
-    pub(super) unsafe fn load(p: *const u8) -> Self {
+    unsafe fn load(p: *const u8) -> Self {
         Self(intrinsic!(_mm512_loadu_si512(p.cast())))
     }
+    #[inline(always)]
+    unsafe fn load_i8(p: *const u8) -> Self {
+        Self(intrinsic!({
+            let low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast())));
+            let high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.add(16).cast())));
+            std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low))
+        }))
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut u8) {
+        intrinsic!(_mm512_storeu_si512(p.cast(), self.0));
+    }
+}
 
+impl Pairs {
     /// Pairs of the numbers at `first` and at `second`; zeros stand in for a null `second`.
     ///
     /// # Safety
@@ -396,26 +416,6 @@ impl Pairs {
                 let high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(second.cast()));
                 _mm512_or_si512(low, _mm512_slli_epi32::<16>(high))
             }
-        }))
-    }
-
-    /// # Safety
-    /// `p` is valid for writes of 64 bytes.
-    #[inline(always)]
-    pub(super) unsafe fn store(self, p: *mut u8) {
-        intrinsic!(_mm512_storeu_si512(p.cast(), self.0));
-    }
-
-    /// Sixteen pairs of i8, exact as bf16.
-    ///
-    /// # Safety
-    /// `p` is valid for reads of 32 bytes.
-    #[inline(always)]
-    pub(super) unsafe fn load_i8(p: *const u8) -> Self {
-        Self(intrinsic!({
-            let low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast())));
-            let high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.add(16).cast())));
-            std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low))
         }))
     }
 

@@ -34,9 +34,8 @@ pub struct PendingDraws {
 
 impl PendingDraws {
     /// The tokens, before they are known here.
-    #[must_use]
-    pub fn tokens(&self) -> DrawnTokens {
-        DrawnTokens { ids: self.results.clone() }
+    pub fn tokens(&self) -> Result<DrawnTokens> {
+        Ok(DrawnTokens { ids: self.results.narrow(0, 0, self.asks.len())? })
     }
 
     /// Waits for the tokens; `None` where a row of the logits holds NaN or infinity.
@@ -45,8 +44,9 @@ impl PendingDraws {
         let (tokens, scores) = words.split_at(self.asks.len().next_multiple_of(2));
         let mut scores = scores.chunks_exact(self.stride);
         let drawn = tokens.iter().zip(self.asks).map(|(&token, ask)| {
-            let summary = ask.and_then(|top| Some(summary_of(scores.next()?, top)));
-            let logprobs = || summary.map(|summary| summary.logprobs());
+            let score = ask.and_then(|top| Some((scores.next()?, top)));
+            // Of no token there is no score.
+            let logprobs = || score.map(|(words, top)| summary_of(words, top).logprobs());
             (token != NO_TOKEN).then(|| Drawn { token, logprobs: logprobs() })
         });
         Ok(drawn.collect())

@@ -163,7 +163,12 @@ fn check_version() -> Result<()> {
     let mut version = 0;
     // SAFETY: the slot has been filled; the driver writes a number.
     let status = unsafe { sys::cuDriverGetVersion(&raw mut version) };
-    if status != sys::CUresult::CUDA_SUCCESS || version < CUDA_VERSION {
+    if status != sys::CUresult::CUDA_SUCCESS {
+        return Err(unavailable(format!(
+            "the NVIDIA driver does not tell its version: {status:?}"
+        )));
+    }
+    if version < CUDA_VERSION {
         let (major, minor) = (version / 1000, version % 1000 / 10);
         return Err(unavailable(format!(
             "the NVIDIA driver is too old: it is for CUDA {major}.{minor}; needed: one for CUDA 13.0 or newer \

@@ -2,18 +2,23 @@
 //!
 //! A graph has a fixed number of rows; a step takes the next larger one and pads. All that differs from
 //! step to step lies in one buffer of device memory, refreshed by one copy. A graph
-//! is captured when a step of its size has run once, so all memory that it needs is there.
+//! is captured when a step of its size has run once, so nearly all memory that it needs is there.
 //!
 //! What a graph leaves in its intermediate buffers is dead after the step, so all graphs and all other
-//! steps share them. Nothing that outlives a step may be allocated after the first capture.
+//! steps share them. Nothing that outlives a step may be allocated after the first capture; but for the tokens that a
+//! step draws, which are copied out, and copied to where the next step looks for them, before that is launched.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::cuda_backend::cudarc::driver::CudaGraph;
+use candle_core::cuda_backend::cudarc::driver::sys::CUresult::{
+    CUDA_ERROR_STREAM_CAPTURE_INVALIDATED as CAPTURE_ENDED,
+    CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED as CAPTURE_REFUSED,
+};
 use candle_core::cuda_backend::cudarc::driver::sys::{
     CUgraphInstantiate_flags, CUstreamCaptureMode,
 };
+use candle_core::cuda_backend::cudarc::driver::{CudaGraph, DriverError};
 use candle_core::{DType, Tensor};
 
 use super::batch::{DeviceBatch, Places, PlanSize, words};
@@ -130,7 +135,14 @@ impl DecodeGraphs {
                 self.graphs.insert(batch.ids.len(), Graph { captured, logits });
             }
             // Somebody else in the process may have waited for the whole GPU, which ends a capture.
-            _ => self.failures += 1,
+            (_, Err(DriverError(CAPTURE_ENDED | CAPTURE_REFUSED))) => {
+                self.failures += 1;
+                let _ = memory::refused(stream.cu_stream().cast());
+            }
+            (logits, captured) => {
+                logits?;
+                captured.map_err(failed)?;
+            }
         }
         Ok(())
     }
@@ -154,6 +166,6 @@ fn pad(mut batch: Batch) -> Batch {
 
 impl std::fmt::Debug for DecodeGraphs {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "DecodeGraphs({})", self.graphs.len())
+        write!(f, "DecodeGraphs({}, {} failures)", self.graphs.len(), self.failures)
     }
 }

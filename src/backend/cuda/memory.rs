@@ -3,8 +3,8 @@
 //! Freed memory stays with its stream until that ends, and is given out again at once: what is freed in stream order may
 //! be reused in stream order. So steps allocate nothing from the driver once one of their size has run,
 //! and a captured graph finds its memory where it was. Memory that a graph knows never goes back to the driver
-//! before its stream does, and must never go to something that outlives a step: weights and caches are made
-//! before the first capture.
+//! before its stream does, and must never go to something that outlives a step (see [`super::graph`]): weights
+//! and caches are made before the first capture.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::{c_int, c_void};

@@ -109,7 +109,7 @@ impl Cuda {
 
     /// Memory that nobody has written yet.
     fn empty(&self, shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
-        // SAFETY: every caller has a kernel write all of it.
+        // SAFETY: every caller has written what it reads as numbers, by kernels or copies.
         unsafe { Tensor::empty(shape, dtype, &self.device()) }.map_err(|error| self.explain(error))
     }
 
