@@ -1,4 +1,5 @@
-//! The CPU's kernels: packed weights, SIMD tiers chosen at run time, a thread pool.
+//! The CPU's kernels: packed weights, SIMD tiers chosen at run time, a thread pool. `ACCOUNT.md` tells what was
+//! tried, kept and dropped.
 #![allow(clippy::inline_always)] // A kernel only gets its CPU features by being inlined; see `tier`.
 
 mod attention;
