@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 CARGO_TEST := $(shell cargo nextest --version >/dev/null 2>&1 && echo nextest run || echo test)
 PROMPT ?= Why is the sky blue?
 # The CUDA 13.0 compiler: where CUDA_HOME says, else in its usual place, else from PyPI.
-TOOLKIT := $(CURDIR)/$(VENV)-cuda/toolkit
+CUDA_VENV ?= $(CURDIR)/$(VENV)-cuda
+TOOLKIT := $(CUDA_VENV)/toolkit
 CUDA_HOME ?= $(if $(wildcard /usr/local/cuda/bin/nvcc),/usr/local/cuda,$(TOOLKIT))
 # candle's kernels for Ampere and newer; the version of the driver interface that is spoken.
 CUDA := CUDA_HOME=$(CUDA_HOME) NVCC=$(CUDA_HOME)/bin/nvcc CUDA_COMPUTE_CAP=80 CUDARC_CUDA_VERSION=13000
@@ -43,11 +44,11 @@ test-python: develop ## Python tests against the release extension
 	$(BIN)/python -m pytest -q tests/python
 
 $(TOOLKIT)/bin/nvcc:
-	$(PYTHON) -m venv $(VENV)-cuda
-	$(VENV)-cuda/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)-cuda/bin/python -m pip install --quiet nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 \
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(CUDA_VENV)/bin/python -m pip install --quiet nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 \
 		nvidia-cuda-crt==13.0.88 nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85
-	ln -sfn $$(echo $(CURDIR)/$(VENV)-cuda/lib/python3*/site-packages/nvidia/cu13) $(TOOLKIT)
+	ln -sfn $$(echo $(CUDA_VENV)/lib/python3*/site-packages/nvidia/cu13) $(TOOLKIT)
 
 test-cuda: $(CUDA_HOME)/bin/nvcc ## The CUDA kernels and models on an emulated GPU (compiles for 10 minutes at first)
 	$(CUDA) cargo $(CARGO_TEST) --features cuda-emulator --test cuda --test cuda_model
