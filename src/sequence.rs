@@ -237,7 +237,8 @@ impl Sequence {
     }
 
     /// As [`Self::chunk`], of the step after that.
-    pub(crate) fn chunk_ahead(&self) -> Option<Chunk<'_>> {
+    #[must_use]
+    pub fn chunk_ahead(&self) -> Option<Chunk<'_>> {
         let (planned, ahead) = (self.planned?, self.ahead?);
         let start = self.num_computed + planned.len;
         self.chunk_of(ChunkTokens::Drawn(planned.place), start, ahead.rows)
