@@ -145,10 +145,10 @@ impl Runner {
 #[derive(Default)]
 struct Packed {
     batch: Batch,
+    /// Whether its ids are places among what the step before draws.
+    follows: bool,
     /// Rows of the batch whose logits are computed.
     rows: Vec<u32>,
-    /// Whether the ids are places among what the step before draws.
-    follows: bool,
     /// Which of those logits are wanted here, and from which the device draws.
     wanted: Vec<u32>,
     draws: Vec<(u32, Draw)>,

@@ -221,7 +221,7 @@ impl<E: Element> TaskKernel<'_, E> {
             let tiles =
                 (span * SPAN).max(first) / TILE..((span + 1) * SPAN - 1).min(last) / TILE + 1;
             for tile in tiles {
-                self.prefetch((tile + 1) * TILE, last);
+                self.prefetch((tile + 1) * TILE, last.min(self.spans.end * SPAN - 1));
                 let tile = self.tile::<D::Number>(tile * TILE, last);
                 if direct {
                     for block in &blocks {

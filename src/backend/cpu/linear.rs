@@ -358,7 +358,6 @@ impl Panels<'_> {
     fn quantised<P, S: Source<P>, const SCALES: usize, const OFFSET: usize>(self)
     where
         P: Dot<Weights: PairWords>,
-        Expanded<SCALES, OFFSET>: Source<P>,
     {
         if self.groups.len() < EXPAND_FROM {
             return self.each::<P, S>();
@@ -416,9 +415,10 @@ impl Panels<'_> {
                 rows: group.rows,
                 cols,
             };
-            // SAFETY: the caller's contract for the panel; the activations hold all
-            // steps as asserted, and what is known of each block, `blocks` numbers per slot; the output has `group.rows` rows from
-            // `group.start` on and `cols` columns from `col` on, and no other task has them.
+            // SAFETY: the caller's contract for the panel; the activations hold all steps as
+            // asserted, and `x.blocks` numbers per slot about them; the output has `group.rows`
+            // rows from `group.start` on and `cols` columns from `col` on, and no other task has
+            // them.
             unsafe { task.run::<P, S>(group.m, first) }
         }
     }
