@@ -10,9 +10,14 @@ use std::hint::black_box;
 use half::f16;
 
 use super::lanes::{LANES, Lanes, array_of};
+use super::memory::{CACHE_LINE, prefetch};
 use super::pack::PANEL;
 use super::product::Dot;
 use super::source::Source;
+
+/// How far ahead weights are asked for, in bytes: further than the machine's own prefetcher goes, and past the end of
+/// the panel to the next.
+const AHEAD: usize = 1024;
 
 /// One panel times one group of rows.
 #[derive(Clone, Copy)]
@@ -142,6 +147,11 @@ unsafe fn multiply_group<P: Dot, S: Source<P>, const M: usize, const T: usize>(
 ) -> *const u32 {
     // SAFETY: the caller hands a whole group, and the activations of all its steps.
     unsafe {
+        if S::STREAMED && M <= 4 && first == 0 {
+            for line in (0..S::BYTES).step_by(CACHE_LINE) {
+                prefetch(group.wrapping_add(AHEAD + line));
+            }
+        }
         let raw = array_of!(t < T => S::raw(group, first + t));
         if P::L::WIDE || M == 1 {
             // Written out, so that each step's shift is a constant.

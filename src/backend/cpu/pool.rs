@@ -8,12 +8,17 @@
 use std::any::Any;
 use std::cell::UnsafeCell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
+use super::memory::{CACHE_LINE, prefetch};
+
 /// Rounds that a worker waits for the next job before it parks; about 40 µs.
 const SPINS: u32 = 2000;
+
+/// Bytes that each waiting worker fetches of what is read next: a part of its second-level cache.
+const FETCH_BYTES: usize = 128 << 10;
 
 /// Low half of the gate: how many workers are inside the job.
 const INSIDE: u64 = 0x3fff_ffff;
@@ -43,6 +48,8 @@ struct Shared {
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     parked: Vec<AtomicBool>,
     spins: u32,
+    /// Where weights are read next.
+    next: AtomicPtr<u8>,
 }
 
 #[derive(Clone, Copy)]
@@ -69,6 +76,7 @@ impl Pool {
             panic: Mutex::new(None),
             parked: (1..threads).map(|_| AtomicBool::new(false)).collect(),
             spins: if threads > cpus { 0 } else { SPINS },
+            next: AtomicPtr::default(),
         });
         let mut pool = Self { shared, workers: Vec::new(), submit: Mutex::new(()) };
         for index in 0..threads.saturating_sub(1) {
@@ -104,6 +112,12 @@ impl Pool {
         if let Some(payload) = own.err().or(theirs) {
             resume_unwind(payload);
         }
+    }
+
+    /// A hint: after the job that comes, memory from `next` on is read. Waiting workers fetch it to their caches, so
+    /// that the memory is not idle while ops are too small for several threads. Nothing need be there.
+    pub(super) fn read_next(&self, next: *const u8) {
+        self.shared.next.store(next.cast_mut(), Ordering::Relaxed);
     }
 
     fn start(&self, job: Job) {
@@ -155,9 +169,9 @@ impl Shared {
     }
 
     fn work(&self, index: usize) {
-        let mut seen = 0;
+        let (mut seen, mut fetch) = (0, Fetch::default());
         loop {
-            let gate = self.await_job(index, seen);
+            let gate = self.await_job(index, seen, &mut fetch);
             if gate & SHUTDOWN != 0 {
                 return;
             }
@@ -178,7 +192,7 @@ impl Shared {
     }
 
     /// Waits for an open job other than `seen`, or for the shutdown; returns the gate.
-    fn await_job(&self, index: usize, seen: u64) -> u64 {
+    fn await_job(&self, index: usize, seen: u64, fetch: &mut Fetch) -> u64 {
         let news = |order| {
             let gate = self.gate.load(order);
             let open = gate & OPEN != 0 && gate / EPOCH != seen;
@@ -189,6 +203,7 @@ impl Shared {
                 if let Some(gate) = news(Ordering::Acquire) {
                     return gate;
                 }
+                fetch.go_on(self.next.load(Ordering::Relaxed), index);
                 std::hint::spin_loop();
             }
             self.parked[index].store(true, Ordering::SeqCst);
@@ -202,6 +217,29 @@ impl Shared {
             {
                 return gate;
             }
+        }
+    }
+}
+
+/// How far a waiting worker has come with its part of what is read next.
+#[derive(Default)]
+struct Fetch {
+    next: usize,
+    done: usize,
+}
+
+impl Fetch {
+    /// Asks for a few more cache lines.
+    fn go_on(&mut self, next: *const u8, index: usize) {
+        if next.addr() != self.next {
+            *self = Self { next: next.addr(), done: 0 };
+        }
+        if self.next == 0 || self.done == FETCH_BYTES {
+            return;
+        }
+        for _ in 0..4 {
+            prefetch(next.wrapping_add(index * FETCH_BYTES + self.done));
+            self.done += CACHE_LINE;
         }
     }
 }
