@@ -581,6 +581,9 @@ fn faults_are_reported() {
         (c"broken_copy_into_what_others_read", "shared memory race"),
         (c"broken_unaligned_load", "no multiple of 16"),
         (c"broken_unaligned_store", "no multiple of its alignment"),
+        (c"broken_no_wait", "a thread ends without await_previous"),
+        (c"broken_early_write", "accessed before await_previous"),
+        (c"broken_early_read", "accessed before await_previous"),
     ] {
         let report = emulator::report_of(kernel).unwrap_or_default();
         assert!(report.contains(expect), "{kernel:?}: {report:?}");

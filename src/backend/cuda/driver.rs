@@ -77,7 +77,7 @@ jumps! { DRIVER_SLOTS in driver:
     cuDevicePrimaryCtxRetain cuDevicePrimaryCtxRelease_v2
     cuCtxGetCurrent cuCtxSetCurrent cuCtxSynchronize cuCtxDestroy_v2
     cuModuleLoad cuModuleLoadData cuModuleGetFunction cuModuleUnload
-    cuFuncSetAttribute cuLaunchKernel
+    cuFuncSetAttribute cuLaunchKernel cuLaunchKernelEx
     cuMemAlloc_v2 cuMemFree_v2 cuMemGetInfo_v2 cuMemHostAlloc cuMemFreeHost
     cuMemcpyHtoDAsync_v2 cuMemcpyDtoHAsync_v2 cuMemcpyDtoDAsync_v2 cuMemcpyPeerAsync cuMemsetD8Async
     cuStreamCreate cuStreamSynchronize cuStreamWaitEvent

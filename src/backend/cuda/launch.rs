@@ -1,12 +1,16 @@
 //! Kernels by name, and the structs that they take: twins of those in `kernels/*.cu`, field by field.
 
 use std::collections::HashMap;
+use std::ffi::c_void;
+use std::ptr::null_mut;
 use std::sync::Arc;
 
-use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute;
+use candle_core::cuda_backend::cudarc::driver::sys::{
+    self, CUfunction_attribute, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue,
+    CUlaunchConfig,
+};
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaContext, CudaFunction, CudaModule, CudaStream, DeviceRepr, DriverError, LaunchConfig,
-    PushKernelArg,
+    CudaContext, CudaFunction, CudaModule, CudaStream, DriverError,
 };
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 
@@ -17,6 +21,10 @@ pub(super) type Address = u64;
 
 /// Dynamic shared memory that a launch may ask for without further ado.
 const SHARED_BYTES: u32 = 48 << 10;
+
+/// Share of a multiprocessor's memory that kernels would have as shared memory, in percent: the same for
+/// all, or a block could not start beside those of the kernel before.
+const SHARED_PERCENT: i32 = 50;
 
 /// What the build script made of `kernels/*.cu`, and the kernels in it. `{}` stands for each type.
 const MODULES: [(&[u8], &[&str]); 7] = [
@@ -74,8 +82,6 @@ macro_rules! arguments {
 
         // SAFETY: twin of the struct of this name in kernels/; the emulator compares their sizes.
         unsafe impl Arguments for $name {}
-        // SAFETY: plain numbers.
-        unsafe impl DeviceRepr for $name {}
     )*};
 }
 
@@ -135,11 +141,15 @@ impl Grid {
 /// All kernels, loaded.
 pub(super) struct Kernels {
     functions: HashMap<String, CudaFunction>,
+    /// Whether blocks may start before the kernel that was queued before has ended: they wait themselves
+    /// (`await_previous` in `kernels/common.cuh`).
+    start_early: bool,
 }
 
 impl Kernels {
     /// Loads them into `context`; a function may take up to `shared_bytes` of dynamic shared memory.
     pub(super) fn load(context: &Arc<CudaContext>, shared_bytes: u32) -> Result<Self> {
+        let (major, _) = context.compute_capability().map_err(unloadable)?;
         let mut functions = HashMap::new();
         for (code, names) in MODULES {
             let module =
@@ -151,7 +161,7 @@ impl Kernels {
                 functions.insert(name, function);
             }
         }
-        Ok(Self { functions })
+        Ok(Self { functions, start_early: major >= 9 })
     }
 
     /// Queues kernel `name`.
@@ -159,7 +169,7 @@ impl Kernels {
     /// # Safety
     /// The addresses in `args` must be of device memory that holds what the kernel's own struct says
     /// until the stream has done the work, and the grid must be what the kernel expects.
-    pub(super) unsafe fn launch<A: Arguments + DeviceRepr>(
+    pub(super) unsafe fn launch<A: Arguments>(
         &self,
         stream: &CudaStream,
         name: &str,
@@ -170,14 +180,31 @@ impl Kernels {
         assert_eq!(super::emulator::argument_bytes(name), size_of::<A>(), "{name}");
         let function = self.functions.get(name);
         let function = function.ok_or_else(|| Error::bug(format!("there is no kernel {name}")))?;
-        let config = LaunchConfig {
-            grid_dim: (grid.blocks.0, grid.blocks.1, 1),
-            block_dim: (grid.threads, 1, 1),
-            shared_mem_bytes: grid.shared_bytes,
+        let mut early = CUlaunchAttribute {
+            id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
         };
-        // SAFETY: the caller's contract.
-        let launched = unsafe { stream.launch_builder(function).arg(&args).launch(config) };
-        launched.map(drop).map_err(|error| {
+        let config = CUlaunchConfig {
+            gridDimX: grid.blocks.0,
+            gridDimY: grid.blocks.1,
+            gridDimZ: 1,
+            blockDimX: grid.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: grid.shared_bytes,
+            hStream: stream.cu_stream(),
+            attrs: &raw mut early,
+            numAttrs: self.start_early.into(),
+        };
+        let mut parameters = [(&raw const args).cast_mut().cast::<c_void>()];
+        let launched = stream.context().bind_to_thread().and_then(|()| {
+            let (function, parameters) = (function.cu_function(), parameters.as_mut_ptr());
+            // SAFETY: the caller's contract; the driver copies what it is given before it returns.
+            unsafe { sys::cuLaunchKernelEx(&raw const config, function, parameters, null_mut()) }
+                .result()
+        });
+        launched.map_err(|error| {
             Error::new(ErrorKind::Device, format!("kernel {name} was not launched: {error}"))
         })
     }
@@ -215,6 +242,8 @@ fn function(
     shared_bytes: u32,
 ) -> std::result::Result<CudaFunction, DriverError> {
     let function = module.load_function(name)?;
+    let share = CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+    function.set_attribute(share, SHARED_PERCENT)?;
     if shared_bytes > SHARED_BYTES && (name.starts_with("linear_") || name.starts_with("gemm_")) {
         let limit = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         function.set_attribute(limit, shared_bytes as i32)?;

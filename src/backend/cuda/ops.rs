@@ -12,7 +12,6 @@ use super::{Cuda, DeviceBatch, address};
 use crate::backend::{AttentionOp, Batch, Heads, LayerKv, RopeOp};
 use crate::error::{Error, Result};
 use crate::spec::{QkNorm, RopePairing};
-use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use half::bf16;
 
 const ROW_THREADS: u32 = 256;
@@ -35,7 +34,7 @@ const BLOCKS_PER_MULTIPROCESSOR: usize = 8;
 
 impl Cuda {
     /// Queues kernel `name`, of which there is one for each compute type.
-    fn launch<A: Arguments + DeviceRepr>(&self, name: &str, grid: Grid, args: A) -> Result<()> {
+    fn launch<A: Arguments>(&self, name: &str, grid: Grid, args: A) -> Result<()> {
         let dtype = match self.dtype {
             DType::F32 => "f32",
             DType::F16 => "f16",
@@ -44,12 +43,7 @@ impl Cuda {
         self.queue(&name.replace("{}", dtype), grid, args)
     }
 
-    pub(super) fn queue<A: Arguments + DeviceRepr>(
-        &self,
-        name: &str,
-        grid: Grid,
-        args: A,
-    ) -> Result<()> {
+    pub(super) fn queue<A: Arguments>(&self, name: &str, grid: Grid, args: A) -> Result<()> {
         if grid.blocks.0 == 0 || grid.blocks.1 == 0 {
             return Ok(());
         }

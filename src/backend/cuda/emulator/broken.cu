@@ -1,4 +1,4 @@
-// Kernels with one fault each, which the emulator must report. Run with 64 threads.
+// Kernels with one fault each, which the emulator must report. Run in two blocks of 64 threads.
 #include "../kernels/common.cuh"
 
 struct BrokenArgs {
@@ -68,3 +68,16 @@ BROKEN_KERNEL(copy_into_what_others_read) {
 }
 BROKEN_KERNEL(unaligned_load) { args.data[threadIdx.x] = float(load16(args.data + 1).x); }
 BROKEN_KERNEL(unaligned_store) { *reinterpret_cast<uint2 *>(args.data + 1 + threadIdx.x / 32) = uint2{1, 2}; }
+EAGER_KERNEL(broken_no_wait, BrokenArgs, BROKEN_THREADS) {
+    if (threadIdx.x) await_previous();
+}
+EAGER_KERNEL(broken_early_write, BrokenArgs, BROKEN_THREADS) {
+    args.data[threadIdx.x] = 1.0f;
+    await_previous();
+}
+// Reads early what another block has written.
+EAGER_KERNEL(broken_early_read, BrokenArgs, BROKEN_THREADS) {
+    const float before = args.data[threadIdx.x];
+    await_previous();
+    args.data[threadIdx.x] = before + 1.0f;
+}

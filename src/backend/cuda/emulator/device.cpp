@@ -8,7 +8,9 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <sys/mman.h>
+#include <ucontext.h>
 #include <unistd.h>
 #include <unordered_map>
 
@@ -54,10 +56,12 @@ struct Allocation {
     char *pages;
     size_t page_bytes;
     bool live;
+    void protect(int access) const { mprotect(pages, page_bytes, access); }
 };
 
 std::mutex memory_lock;
 std::map<uintptr_t, Allocation> allocations;
+std::set<uintptr_t> written;  // by kernels, to whom all other memory is read-only until they write to it
 size_t live_bytes = 0;
 
 size_t pages_for(size_t bytes) {
@@ -70,6 +74,26 @@ bool canaries_intact(uintptr_t start, const Allocation &allocation) {
     for (const unsigned char *at = reinterpret_cast<unsigned char *>(start) + allocation.bytes; at < end; at++)
         if (*at != CANARY) return false;
     return true;
+}
+
+// The live allocation whose pages hold `address`.
+const std::pair<const uintptr_t, Allocation> *allocation_at(const void *address) {
+    const char *at = static_cast<const char *>(address);
+    auto after = allocations.upper_bound(reinterpret_cast<uintptr_t>(at));
+    for (int near = 0; near < 2; near++) {  // a start lies behind that of its pages
+        if (after != allocations.end()) {
+            const Allocation &found = after->second;
+            if (found.live && at >= found.pages && at < found.pages + found.page_bytes) return &*after;
+        }
+        if (after == allocations.begin()) break;
+        --after;
+    }
+    return nullptr;
+}
+
+// What kernels have written, out of reach or within.
+void protect_written(int access) {
+    for (const uintptr_t start : written) allocations.at(start).protect(access);
 }
 
 }  // namespace
@@ -86,6 +110,7 @@ void *allocate(size_t bytes) {
     // Large allocations keep the system's untouched zeros: filling them would commit them.
     if (size <= 1 << 20) memset(start, UNINITIALISED, size);
     memset(start + size, CANARY, used - size);
+    mprotect(pages, page_bytes, PROT_READ);
     std::lock_guard<std::mutex> lock(memory_lock);
     allocations[reinterpret_cast<uintptr_t>(start)] = {size, pages, page_bytes, true};
     live_bytes += size;
@@ -101,11 +126,22 @@ bool release(void *start, std::string &report) {
     }
     const bool intact = canaries_intact(found->first, found->second);
     if (!intact) report = "a write past the end of an allocation of " + std::to_string(found->second.bytes) + " bytes";
-    mprotect(found->second.pages, found->second.page_bytes, PROT_NONE);
+    found->second.protect(PROT_NONE);
+    written.erase(found->first);
     madvise(found->second.pages, found->second.page_bytes, MADV_DONTNEED);
     found->second.live = false;
     live_bytes -= found->second.bytes;
     return intact;
+}
+
+void write_memory(void *to, size_t bytes, const std::function<void()> &write) {
+    std::lock_guard<std::mutex> lock(memory_lock);
+    const auto *found = bytes ? allocation_at(to) : nullptr;
+    if (!found) return;
+    found->second.protect(PROT_READ | PROT_WRITE);
+    write();
+    found->second.protect(PROT_READ);
+    written.erase(found->first);
 }
 
 bool is_device_memory(const void *address, size_t bytes) {
@@ -231,7 +267,7 @@ namespace {
 
 constexpr size_t STACK_BYTES = 128 << 10;
 
-enum class Waiting { No, Barrier, WarpBarrier, Exchange, Done };
+enum class Waiting { No, Barrier, WarpBarrier, Exchange, Previous, Done };
 
 struct Copy {
     void *to;
@@ -263,7 +299,7 @@ std::vector<Warp> warps;
 std::vector<char *> stacks;
 Fiber *current;
 void *scheduler_stack_pointer;
-uint32_t at_barrier, finished;
+uint32_t at_barrier, awaiting, finished;
 const Kernel *running;
 const void *running_arguments;
 std::string failure;
@@ -279,6 +315,7 @@ void wait(Waiting what) {
 void run_fiber() {
     running->run(running_arguments);
     if (!current->copies.empty()) fail("copies to shared memory that nobody has waited for");
+    if (!thread->awaited) fail("a thread ends without await_previous");
     finished++;
     current->waiting = Waiting::Done;
     back_to_scheduler();
@@ -297,7 +334,7 @@ char *stack_of(size_t index) {
 
 void prepare(Fiber &fiber, uint32_t index) {
     fiber.thread = {{index % block_size.x, index / block_size.x % block_size.y, index / block_size.x / block_size.y},
-                    index, 0, 0};
+                    index, 0, 0, false};
     fiber.stack = stack_of(index);
     fiber.waiting = Waiting::No;
     fiber.copies.clear();
@@ -320,7 +357,8 @@ void run_block() {
     const uint32_t count = block_size.x * block_size.y * block_size.z;
     fibers.resize(count);
     warps.assign((count + LANES - 1) / LANES, Warp());
-    at_barrier = finished = 0;
+    at_barrier = awaiting = finished = 0;
+    if (running->eager) protect_written(PROT_NONE);
     for (uint32_t i = 0; i < count; i++) {
         prepare(fibers[i], i);
         warps[i / LANES].lanes++;
@@ -339,16 +377,28 @@ void run_block() {
             failed = true;
             failure = at_barrier ? "a barrier is not reached by all threads: " + std::to_string(at_barrier) + " of " +
                                        std::to_string(count) + " wait, " + std::to_string(finished) + " have ended"
-                                 : "the lanes of a warp do not all reach an operation of the warp";
+                      : awaiting % count ? "await_previous is not reached by all threads"
+                                         : "the lanes of a warp do not all reach an operation of the warp";
         }
     }
 }
 
-void on_fault(int signal, siginfo_t *info, void *) {
+// Whether it was a kernel's first write to an allocation, which may go on.
+bool is_first_write(const void *address, const void *context) {
+    constexpr greg_t WRITE = 2;  // of a page fault's error code
+    if (!(static_cast<const ucontext_t *>(context)->uc_mcontext.gregs[REG_ERR] & WRITE)) return false;
+    const auto *found = allocation_at(address);
+    if (!found || !thread->awaited || !written.insert(found->first).second) return false;
+    found->second.protect(PROT_READ | PROT_WRITE);
+    return true;
+}
+
+void on_fault(int signal, siginfo_t *info, void *context) {
     if (!running || failed) {  // not ours: as without us
         ::signal(signal, SIG_DFL);
         return;
     }
+    if (signal == SIGSEGV && is_first_write(info->si_addr, context)) return;
     sigset_t faults;
     sigemptyset(&faults);
     sigaddset(&faults, SIGSEGV);
@@ -356,6 +406,7 @@ void on_fault(int signal, siginfo_t *info, void *) {
     sigaddset(&faults, SIGILL);
     sigprocmask(SIG_UNBLOCK, &faults, nullptr);
     if (signal == SIGILL) fail("a number is read or written at no multiple of its alignment");
+    if (allocation_at(info->si_addr)) fail("memory that kernels write is accessed before await_previous");
     fail("access to %s", describe(info->si_addr).c_str());
 }
 
@@ -379,8 +430,8 @@ const Kernel *&kernels() {
 
 }  // namespace
 
-Kernel::Kernel(const char *name, size_t argument_bytes, uint32_t threads, void (*run)(const void *))
-    : name(name), argument_bytes(argument_bytes), threads(threads), run(run), next(kernels()) {
+Kernel::Kernel(const char *name, size_t argument_bytes, uint32_t threads, bool eager, void (*run)(const void *))
+    : name(name), argument_bytes(argument_bytes), threads(threads), eager(eager), run(run), next(kernels()) {
     kernels() = this;
 }
 
@@ -424,6 +475,19 @@ void warp_barrier() {
         fibers[i].thread.warp_barriers++;
         if (fibers[i].waiting == Waiting::WarpBarrier) fibers[i].waiting = Waiting::No;
     }
+}
+
+void await_queued() {
+    if (thread->awaited) return;
+    thread->awaited = true;
+    if (!running->eager) return;
+    if (++awaiting < fibers.size()) {
+        wait(Waiting::Previous);
+        return;
+    }
+    protect_written(PROT_READ | PROT_WRITE);
+    for (Fiber &fiber : fibers)
+        if (fiber.waiting == Waiting::Previous) fiber.waiting = Waiting::No;
 }
 
 void check_alignment(const void *address) {
@@ -503,6 +567,7 @@ bool run_kernel(const Kernel &kernel, dim3 grid, dim3 block, size_t shared_bytes
                 dynamic.reset(shared_bytes ? new SharedArray(shared_bytes) : nullptr);
                 run_block();
             }
+    if (failed) protect_written(PROT_READ | PROT_WRITE);
     running = nullptr;
     report = failure;
     return !failed;

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -12,9 +13,14 @@ namespace emulated {
 
 const Kernel *find_kernel(const std::string &name);
 
-// Runs a kernel. False: it failed, and `report` says why.
+// Runs a kernel, whose blocks may start before what was queued before has ended: then memory that kernels
+// have written is out of reach until all threads of a block wait for that. False: it failed, and `report`
+// says why.
 bool run_kernel(const Kernel &kernel, dim3 grid, dim3 block, size_t shared_bytes, const void *arguments,
                 std::string &report);
+
+// Writes device memory otherwise than by a kernel: what kernels wrote there before does not count.
+void write_memory(void *to, size_t bytes, const std::function<void()> &write);
 
 // Device memory: each allocation has pages of its own, ends where they end, and none of its neighbours
 // can be touched. Freed memory stays without access.

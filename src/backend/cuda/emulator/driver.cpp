@@ -54,6 +54,20 @@ struct Function {
     size_t shared_bytes = 48 << 10;  // that a launch may ask for
 };
 
+// CUlaunchAttribute and CUlaunchConfig.
+struct Attribute {
+    int id, padding;
+    alignas(8) int number;
+    char rest[60];
+};
+struct Launch {
+    dim3 grid, block;
+    unsigned shared_bytes;
+    void *stream;
+    const Attribute *attributes;
+    unsigned num_attributes;
+};
+
 constexpr int MULTIPROCESSORS = 4;
 constexpr int SHARED_BYTES = 99 << 10;  // that a function may be allowed
 
@@ -143,7 +157,9 @@ Work copy(void *to, const void *from, size_t bytes, bool check_to, bool check_fr
                 return false;
             }
         }
-        memcpy(to, from, bytes);
+        const auto write = [=] { memcpy(to, from, bytes); };
+        if (check_to) write_memory(to, bytes, write);
+        else write();
         return true;
     };
 }
@@ -221,24 +237,30 @@ int cu_module_get_function(void **function, void *, const char *name) {
 }
 int cu_module_unload(void *) { return SUCCESS; }
 int cu_func_set_attribute(void *function, int attribute, int value) {
+    if (attribute == 9) return value >= -1 && value <= 100 ? SUCCESS : INVALID_VALUE;  // PREFERRED_SHARED_MEMORY_CARVEOUT
     if (attribute != 8) return INVALID_VALUE;  // MAX_DYNAMIC_SHARED_SIZE_BYTES
     if (value > SHARED_BYTES) return INVALID_VALUE;
     static_cast<Function *>(function)->shared_bytes = value;
     return SUCCESS;
 }
-int cu_launch_kernel(void *handle, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
-                     unsigned shared_bytes, void *stream, void **arguments, void **) {
+// Every kernel of ours may start early, as the GPU that is emulated lets them.
+int cu_launch_kernel_ex(const Launch *launch, void *handle, void **arguments, void **) {
     Guard guard(lock);
     if (current_context != &context) return INVALID_CONTEXT;
     const Function &function = *static_cast<Function *>(handle);
-    if (!gx || !gy || !gz || !bx || !by || !bz || gy > 65535 || gz > 65535 || shared_bytes > function.shared_bytes)
+    const dim3 grid = launch->grid, block = launch->block;
+    const size_t shared_bytes = launch->shared_bytes;
+    if (!grid.x || !grid.y || !grid.z || !block.x || !block.y || !block.z || grid.y > 65535 || grid.z > 65535 ||
+        shared_bytes > function.shared_bytes)
         return INVALID_VALUE;
+    if (launch->num_attributes != 1 || launch->attributes->id != 6 || launch->attributes->number != 1)
+        return INVALID_VALUE;  // PROGRAMMATIC_STREAM_SERIALIZATION
     const Kernel *kernel = function.kernel;
     const char *first = static_cast<const char *>(arguments[0]);
     const std::vector<char> copied(first, first + kernel->argument_bytes);
     counts["launches"]++;
-    return enqueue(stream, [=](std::string &report) {
-        return run_kernel(*kernel, {gx, gy, gz}, {bx, by, bz}, shared_bytes, copied.data(), report);
+    return enqueue(launch->stream, [=](std::string &report) {
+        return run_kernel(*kernel, grid, block, shared_bytes, copied.data(), report);
     });
 }
 
@@ -302,7 +324,7 @@ int cu_memset(void *to, unsigned char value, size_t bytes, void *stream) {
             report = "memset: access to " + describe(to);
             return false;
         }
-        memset(to, value, bytes);
+        write_memory(to, bytes, [=] { memset(to, value, bytes); });
         return true;
     });
 }
@@ -416,12 +438,12 @@ const char *emulated_report_of(const char *kernel) {
     Guard guard(lock);
     const size_t bytes = 64 * sizeof(float);
     void *data = allocate(bytes), *freed = allocate(bytes);
-    memset(data, 0, bytes);
+    write_memory(data, bytes, [=] { memset(data, 0, bytes); });
     release(freed, report);
     const void *arguments[] = {data, freed};
     const Kernel *found = find_kernel(kernel);
     report = found ? "" : "there is no such kernel";
-    bool well = found && run_kernel(*found, {1, 1, 1}, {64, 1, 1}, 0, arguments, report);
+    bool well = found && run_kernel(*found, {2, 1, 1}, {64, 1, 1}, 0, arguments, report);
     std::string overrun;
     if (!release(data, overrun) && well) {
         well = false;
@@ -446,7 +468,8 @@ void *emulated_driver(const char *name) {
         AS(cuCtxSynchronize, cu_ctx_synchronize), AS(cuCtxDestroy_v2, cu_ctx_destroy),
         AS(cuModuleLoad, cu_not_emulated), AS(cuModuleLoadData, cu_module_load_data),
         AS(cuModuleGetFunction, cu_module_get_function), AS(cuModuleUnload, cu_module_unload),
-        AS(cuFuncSetAttribute, cu_func_set_attribute), AS(cuLaunchKernel, cu_launch_kernel),
+        AS(cuFuncSetAttribute, cu_func_set_attribute), AS(cuLaunchKernel, cu_not_emulated),
+        AS(cuLaunchKernelEx, cu_launch_kernel_ex),
         AS(cuMemAlloc_v2, cu_mem_alloc), AS(cuMemFree_v2, cu_mem_free), AS(cuMemGetInfo_v2, cu_mem_get_info),
         AS(cuMemHostAlloc, cu_mem_host_alloc), AS(cuMemFreeHost, cu_mem_free_host),
         AS(cuMemcpyHtoDAsync_v2, cu_memcpy_to_device), AS(cuMemcpyDtoHAsync_v2, cu_memcpy_to_host),

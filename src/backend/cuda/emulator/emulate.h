@@ -3,7 +3,8 @@
 // Blocks run one by one; the threads of a block are fibers, which run until they wait for others. Shared
 // memory is behind objects that see every use: bounds, use before a write, and two accesses of different
 // threads, one of them a write, with no barrier between them. A barrier that not all threads reach, a warp
-// whose lanes do different things and an access outside device memory end the kernel with a report.
+// whose lanes do different things and an access outside device memory end the kernel with a report. So do
+// an access to what kernels write before `await_previous`, and a thread that ends without that.
 #pragma once
 
 #include <cmath>
@@ -44,6 +45,7 @@ struct Thread {
     dim3 index;
     uint32_t linear;
     uint32_t barriers, warp_barriers;  // passed so far
+    bool awaited;                      // what was queued before
 };
 extern Thread *thread;
 extern dim3 block_index, block_size, grid_size;
@@ -53,6 +55,7 @@ extern dim3 block_index, block_size, grid_size;
 
 void barrier();
 void warp_barrier();
+void await_queued();
 
 // Waits until all lanes of the warp have come with `bytes` of `given` to the same `operation`; then
 // gives what lane `lane` brought.
@@ -79,9 +82,10 @@ struct Kernel {
     const char *name;
     size_t argument_bytes;
     uint32_t threads;
+    bool eager;  // does something before `await_previous`
     void (*run)(const void *arguments);
     const Kernel *next;
-    Kernel(const char *name, size_t argument_bytes, uint32_t threads, void (*run)(const void *));
+    Kernel(const char *name, size_t argument_bytes, uint32_t threads, bool eager, void (*run)(const void *));
 };
 
 template <typename T>
@@ -141,13 +145,18 @@ struct SharedBytes {
     }
 };
 
-#define KERNEL(name, Args, threads)                                                              \
-    static void name([[maybe_unused]] const Args &args);                                         \
-    static const emulated::Kernel name##_kernel(#name, sizeof(Args), threads, [](const void *arguments) { \
-        name(*static_cast<const Args *>(arguments));                                             \
-    });                                                                                          \
+#define DEFINE_KERNEL(name, Args, threads, eager, start)                                                 \
+    static void name(const Args &args);                                                                  \
+    static const emulated::Kernel name##_kernel(#name, sizeof(Args), threads, eager, [](const void *arguments) { \
+        start;                                                                                           \
+        name(*static_cast<const Args *>(arguments));                                                     \
+    });                                                                                                  \
     static void name([[maybe_unused]] const Args &args)
+#define FIRST_OF(first, ...) first
+#define EAGER_KERNEL(name, Args, ...) DEFINE_KERNEL(name, Args, FIRST_OF(__VA_ARGS__, ), true, {})
+#define KERNEL(name, Args, threads) DEFINE_KERNEL(name, Args, threads, false, await_previous())
 
+inline void await_previous() { emulated::await_queued(); }
 inline void __syncthreads() { emulated::barrier(); }
 inline void __syncwarp() { emulated::warp_barrier(); }
 

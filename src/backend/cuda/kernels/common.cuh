@@ -1,7 +1,14 @@
 // What all kernels share: number types, fragments of the tensor cores, reductions in a fixed order.
 //
 // Every kernel takes one struct by value (its Rust twin stands in launch.rs) and is declared with
-// KERNEL. Shared memory is declared with SHARED and SHARED_DYNAMIC, so that the emulator sees each use.
+// KERNEL or EAGER_KERNEL. Shared memory is declared with SHARED and SharedBytes, so that the emulator sees
+// each use.
+//
+// A kernel's blocks may start once all blocks of the one queued before have, while these still run
+// (programmatic dependent launch, from compute capability 9.0 on). Only after `await_previous` has all that
+// was queued before ended, with its writes to be seen. Until then a thread may read what no kernel
+// writes, weights and tables, and nothing else. Each thread comes to it: a kernel that ends with threads
+// that do not could end before the one before it, and with that before what its own successor waits for.
 #pragma once
 
 #ifdef __CUDACC__
@@ -36,8 +43,35 @@ struct SharedBytes {
     }
 };
 
-#define KERNEL(name, Args, threads) \
-    extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Args args)
+// Lets the next kernel's blocks start. First of all: they take only the room that is left.
+__device__ inline void start_next() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ inline void await_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// A kernel that calls `await_previous` itself. `...`: blocks of a multiprocessor that registers are kept for.
+#define EAGER_KERNEL(name, Args, ...)                                                                      \
+    static __device__ void name##_body(const Args &args);                                                  \
+    extern "C" __global__ void __launch_bounds__(__VA_ARGS__) name(const __grid_constant__ Args args) {    \
+        start_next();                                                                                      \
+        name##_body(args);                                                                                 \
+    }                                                                                                      \
+    static __device__ __forceinline__ void name##_body(const Args &args)
+
+// A kernel that has nothing to do before.
+#define KERNEL(name, Args, threads)                                 \
+    static __device__ void name##_rest(const Args &args);           \
+    EAGER_KERNEL(name, Args, threads) {                             \
+        await_previous();                                           \
+        name##_rest(args);                                          \
+    }                                                               \
+    static __device__ __forceinline__ void name##_rest(const Args &args)
 
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(bf16 x) { return __bfloat162float(x); }
