@@ -64,7 +64,10 @@ fn linear_matches_the_reference() {
     let mut random = Random::new(1);
     for dtype in DTYPES {
         let backend = gpu(dtype);
-        for (cols, out) in [(8, 1), (24, 16), (48, 33), (136, 17), (576, 40), (2560, 24)] {
+        // The last has blocks enough for small ones, whose warps have two slices each.
+        for (cols, out) in
+            [(8, 1), (24, 16), (48, 33), (136, 17), (576, 40), (2560, 24), (1096, 260)]
+        {
             let weight = stored(&mut random, &[out, cols], Encoding::F32);
             let plain: Vec<f32> = values(&backend.vector(&weight).unwrap())
                 .into_iter()
@@ -146,30 +149,62 @@ fn a_row_of_linear_does_not_depend_on_its_batch() {
     let mut random = Random::new(3);
     // Enough blocks of 128 to keep all multiprocessors busy, of which the emulated GPU has four.
     let (rows, outs) = if cfg!(feature = "cuda-emulator") { (270, 140) } else { (1700, 1700) };
-    let cols = 352;
-    for (dtype, encoding) in DTYPES.into_iter().flat_map(|d| {
-        [Encoding::F32].into_iter().chain(QUANTISED).map(move |encoding| (d, encoding))
-    }) {
+    for dtype in DTYPES {
+        for encoding in [Encoding::F32].into_iter().chain(QUANTISED) {
+            check_rows(&mut random, (dtype, encoding), (rows, 352, outs));
+        }
+        // Half tiles for few rows; slices of more than one step.
+        check_rows(&mut random, (dtype, Encoding::F32), (rows, 352, 40));
+        check_rows(&mut random, (dtype, Encoding::F32), (rows, 8328, 9));
+    }
+}
+
+fn check_rows(
+    random: &mut Random,
+    (dtype, encoding): (DType, Encoding),
+    (rows, cols, outs): (usize, usize, usize),
+) {
+    let backend = gpu(dtype);
+    let packed = backend.pack(&[stored(random, &[outs, cols], encoding)], None).unwrap();
+    let x = activations(&backend, &mut random.floats(rows * cols), &[rows, cols]);
+    // In blocks of 128; some of 64 below; the rest as few rows.
+    let whole = bits(&backend.logits(&x, &packed).unwrap());
+    for (start, len) in [
+        (0, 1),
+        (269, 1),
+        (5, 2),
+        (3, 8),
+        (11, 9),
+        (100, 17),
+        (20, 33),
+        (2, 64),
+        (7, 65),
+        (150, 80),
+    ] {
+        let part = bits(&backend.logits(&x.narrow(0, start, len).unwrap(), &packed).unwrap());
+        let same = part == whole[start * outs..(start + len) * outs];
+        assert!(same, "{dtype:?} {encoding:?} rows {start}+{len}");
+    }
+}
+
+#[test]
+fn gates_in_a_linear_layer_are_those_after_it() {
+    let mut random = Random::new(14);
+    for (dtype, encoding) in
+        DTYPES.into_iter().flat_map(|d| [Encoding::F32, Encoding::Q8_0].map(|e| (d, e)))
+    {
         let backend = gpu(dtype);
-        let packed = backend.pack(&[stored(&mut random, &[outs, cols], encoding)], None).unwrap();
-        let x = activations(&backend, &mut random.floats(rows * cols), &[rows, cols]);
-        // In blocks of 128; some of 64 below; the rest as few rows.
-        let whole = bits(&backend.logits(&x, &packed).unwrap());
-        for (start, len) in [
-            (0, 1),
-            (269, 1),
-            (5, 2),
-            (3, 8),
-            (11, 9),
-            (100, 17),
-            (20, 33),
-            (2, 64),
-            (7, 65),
-            (150, 80),
-        ] {
-            let part = bits(&backend.logits(&x.narrow(0, start, len).unwrap(), &packed).unwrap());
-            let same = part == whole[start * outs..(start + len) * outs];
-            assert!(same, "{dtype:?} {encoding:?} rows {start}+{len}");
+        for (cols, width) in [(32, 4), (160, 24), (1056, 140)] {
+            let parts = [(); 2].map(|()| stored(&mut random, &[width, cols], encoding));
+            let bias = (width != 24).then(|| random.floats(2 * width));
+            let packed = backend.pack(&parts, bias).unwrap();
+            for rows in [1, 9, 20, 70] {
+                let x = activations(&backend, &mut random.floats(rows * cols), &[rows, cols]);
+                let both = backend.linear(&x, &packed).unwrap();
+                let want = backend.gated_activation(&both, Activation::Silu).unwrap();
+                let got = backend.gated_linear(&x, &packed, Activation::Silu).unwrap();
+                assert_eq!(bits(&got), bits(&want), "{dtype:?} {encoding:?} {rows}x{cols}x{width}");
+            }
         }
     }
 }
@@ -179,7 +214,7 @@ fn norms_match_the_reference() {
     let mut random = Random::new(4);
     for dtype in DTYPES {
         let backend = gpu(dtype);
-        for (rows, cols) in [(1, 8), (7, 33), (3, 576)] {
+        for (rows, cols) in [(1, 8), (7, 33), (3, 576), (2, 2600)] {
             let (x, mut y) = (random.floats(rows * cols), random.floats(rows * cols));
             let weight = random.floats(cols);
             let device_weight = residual(&backend, &weight, &[cols]);

@@ -372,6 +372,24 @@ impl Backend {
         }
     }
 
+    /// [`Self::gated_activation`] of [`Self::linear`], which some devices do in one.
+    pub fn gated_linear(
+        &self,
+        x: &Tensor,
+        weight: &Linear,
+        activation: Activation,
+    ) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let (Kind::Cuda(cuda), Packed::Cuda(matrix)) = (&self.kind, &weight.packed) {
+            let Activation::Silu = activation;
+            check::rows("x", x, Some(weight.in_features()), self.activation_dtype())?;
+            if let Some(out) = cuda.gated_linear(x, matrix)? {
+                return Ok(out);
+            }
+        }
+        self.gated_activation(&self.linear(x, weight)?, activation)
+    }
+
     /// Rows `rows` of `x`: `[rows, hidden]`.
     pub fn gather_rows(&self, x: &Tensor, rows: &[u32]) -> Result<Tensor> {
         let count = check::rows("x", x, None, x.dtype())?;

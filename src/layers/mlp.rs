@@ -34,8 +34,7 @@ impl Mlp {
 
     /// `[tokens, hidden]` → `[tokens, hidden]`.
     pub fn forward(&self, backend: &Backend, x: &Tensor) -> Result<Tensor> {
-        let gate_up = backend.linear(x, &self.gate_up)?;
-        let inner = backend.gated_activation(&gate_up, self.activation)?;
+        let inner = backend.gated_linear(x, &self.gate_up, self.activation)?;
         backend.linear(&inner, &self.down)
     }
 }

@@ -20,7 +20,7 @@ use crate::error::{Error, ErrorKind, Result};
 pub(super) type Address = u64;
 
 /// Dynamic shared memory that a launch may ask for without further ado.
-const SHARED_BYTES: u32 = 48 << 10;
+pub(super) const SHARED_BYTES: u32 = 48 << 10;
 
 /// Share of a multiprocessor's memory that kernels would have as shared memory, in percent: the same for
 /// all, or a block could not start beside those of the kernel before.
@@ -108,6 +108,7 @@ arguments! {
     LinearArgs {
         weight: Address, x: Address, bias: Address, out: Address,
         rows: u32, cols: u32, outs: u32, slice: u32, out_is_f32: u32,
+        block_outs: u32, lower: u32, slots: u32,
     }
     /// `rope_and_cache_*`.
     RopeArgs {

@@ -5,7 +5,7 @@ use candle_core::{DType, Tensor};
 use super::batch::Cut;
 use super::launch::{
     Address, Arguments, AttentionArgs, EmbeddingArgs, GateArgs, GatedActivationArgs, GatherArgs,
-    Grid, LinearArgs, RmsNormArgs, RopeArgs,
+    Grid, LinearArgs, RmsNormArgs, RopeArgs, SHARED_BYTES,
 };
 use super::matrix::{Format, Matrix};
 use super::{Cuda, DeviceBatch, address};
@@ -15,12 +15,12 @@ use crate::spec::{QkNorm, RopePairing};
 use half::bf16;
 
 const ROW_THREADS: u32 = 256;
-const ROPE_THREADS: u32 = 8 * 32;
+const ROPE_WARPS: usize = 8;
 const ATTENTION_THREADS: u32 = 4 * 32;
 /// Rows of the weights that a block of `linear` takes, and rows of the input in a tensor-core tile.
 const TILE_OUTS: usize = 16;
 const TILE_ROWS: usize = 8;
-const LINEAR_WARPS: usize = 16;
+const LINEAR_WARPS: usize = 14;
 /// Most tiles of the input in a block of `linear`; more rows are for `gemm`.
 const MAX_TILES: usize = 8;
 /// Of `gemm`: columns of a stage, and stages.
@@ -101,29 +101,19 @@ impl Cuda {
         matrix: &Matrix,
         out_dtype: DType,
     ) -> Result<Tensor> {
-        let (rows, outs, cols) = (x.dims()[0], matrix.outs(), matrix.cols());
+        let (rows, outs) = (x.dims()[0], matrix.outs());
         let out = self.empty((rows, outs), out_dtype)?;
-        let slice = slice_of(cols);
-        let args = LinearArgs {
-            weight: address(&matrix.weight)?,
-            x: address(x)?,
-            bias: matrix.bias.as_ref().map_or(Ok(0), address)?,
-            out: address(&out)?,
-            rows: rows as u32,
-            cols: cols as u32,
-            outs: outs as u32,
-            slice: slice as u32,
-            out_is_f32: (out_dtype == DType::F32).into(),
-        };
-        if self.dtype == DType::F32 {
+        let args = linear_args(x, matrix, &out)?;
+        if self.is_exact() {
             let blocks = (outs.div_ceil(EXACT_WARPS) as u32, rows.div_ceil(TILE_ROWS) as u32);
             let grid = Grid { blocks, threads: EXACT_WARPS as u32 * 32, shared_bytes: 0 };
             self.queue("linear_f32", grid, args)?;
             return Ok(out);
         }
-        if !cols.is_multiple_of(8) {
+        if !matrix.cols().is_multiple_of(8) {
             return Err(Error::unsupported(format!(
-                "on a GPU, layers must have a multiple of 8 inputs; given: {cols}"
+                "on a GPU, layers must have a multiple of 8 inputs; given: {}",
+                matrix.cols()
             )));
         }
         let format = matrix.format;
@@ -131,17 +121,52 @@ impl Cuda {
             self.gemm(rows, outs, format, args)?;
             return Ok(out);
         }
-        let tiles = rows.div_ceil(TILE_ROWS).next_power_of_two();
-        let warps = cols.div_ceil(slice).min(LINEAR_WARPS);
-        let shared = (warps + 1) * tiles * TILE_OUTS * TILE_ROWS * size_of::<f32>();
+        // Half a tile's rows where multiprocessors would be left without.
+        let is_narrow = format == Format::Dense && outs.div_ceil(TILE_OUTS) < self.multiprocessors;
+        let (block_outs, lower) = if is_narrow { (8, 0) } else { (TILE_OUTS as u32, 8) };
+        self.few_rows(outs, format, LinearArgs { block_outs, lower, ..args })?;
+        Ok(out)
+    }
+
+    /// `gated_activation` of `linear`, bit for bit, where a kernel does both.
+    pub(in crate::backend) fn gated_linear(
+        &self,
+        x: &Tensor,
+        matrix: &Matrix,
+    ) -> Result<Option<Tensor>> {
+        let (rows, width) = (x.dims()[0], matrix.outs() / 2);
+        let is_few = rows <= MAX_TILES * TILE_ROWS && matrix.cols().is_multiple_of(8);
+        if self.is_exact() || !is_few || matrix.format != Format::Dense || width <= 8 {
+            return Ok(None);
+        }
+        let out = self.empty((rows, width), self.dtype)?;
+        let args = linear_args(x, matrix, &out)?;
+        let args = LinearArgs { block_outs: 8, lower: width as u32, ..args };
+        self.few_rows(width, matrix.format, args)?;
+        Ok(Some(out))
+    }
+
+    /// `linear` of few rows. `outs`: columns of its output.
+    fn few_rows(&self, outs: usize, format: Format, args: LinearArgs) -> Result<()> {
+        let tiles = (args.rows as usize).div_ceil(TILE_ROWS).next_power_of_two();
+        let blocks = outs.div_ceil(args.block_outs as usize);
+        let slices = args.cols.div_ceil(args.slice) as usize;
+        // Where there are many, small blocks: while some of a multiprocessor end, others load.
+        let is_wide = blocks >= 4 * self.multiprocessors;
+        let most = if is_wide { LINEAR_WARPS / 2 } else { LINEAR_WARPS };
+        let warps = slices.div_ceil(slices.div_ceil(most));
+        let tile = tiles * TILE_OUTS * TILE_ROWS * size_of::<f32>();
+        let rounds = (SHARED_BYTES as usize / tile - 1) / warps;
+        let slots = slices.min(rounds.max(1) * warps);
+        let shared = (slots + 1) * tile;
         debug_assert!(shared <= self.shared_bytes, "tiles and warps are few enough");
         let grid = Grid {
-            blocks: (outs.div_ceil(TILE_OUTS) as u32, 1),
+            blocks: (blocks as u32, 1),
             threads: warps as u32 * 32,
             shared_bytes: shared as u32,
         };
-        self.launch(&format!("linear_{{}}_{}_{tiles}", format.name()), grid, args)?;
-        Ok(out)
+        let args = LinearArgs { slots: slots as u32, ..args };
+        self.launch(&format!("linear_{{}}_{}_{tiles}", format.name()), grid, args)
     }
 
     /// `linear` of many rows: in large blocks where these keep the GPU busy.
@@ -245,7 +270,10 @@ impl Cuda {
             },
             eps: op.eps,
         };
-        self.launch("rope_and_cache_{}", Grid::each(qkv.dims()[0], ROPE_THREADS), args)
+        let blocks = (heads.num_heads + 2 * heads.num_kv_heads).div_ceil(ROPE_WARPS) as u32;
+        let blocks = (qkv.dims()[0] as u32, blocks);
+        let grid = Grid { blocks, threads: ROPE_WARPS as u32 * 32, shared_bytes: 0 };
+        self.launch("rope_and_cache_{}", grid, args)
     }
 
     pub(in crate::backend) fn paged_attention(
@@ -328,6 +356,24 @@ fn placed(batch: &Batch) -> Result<&DeviceBatch> {
         .cuda
         .as_ref()
         .ok_or_else(|| Error::bug("the batch was not placed on the device"))
+}
+
+/// Of a layer whose blocks have whole tiles of its rows.
+fn linear_args(x: &Tensor, matrix: &Matrix, out: &Tensor) -> Result<LinearArgs> {
+    Ok(LinearArgs {
+        weight: address(&matrix.weight)?,
+        x: address(x)?,
+        bias: matrix.bias.as_ref().map_or(Ok(0), address)?,
+        out: address(out)?,
+        rows: x.dims()[0] as u32,
+        cols: matrix.cols() as u32,
+        outs: matrix.outs() as u32,
+        slice: slice_of(matrix.cols()) as u32,
+        out_is_f32: (out.dtype() == DType::F32).into(),
+        block_outs: TILE_OUTS as u32,
+        lower: 8,
+        slots: 0,
+    })
 }
 
 /// Columns of a slice of `linear`: at most 64 slices, each a multiple of what a warp loads at once.

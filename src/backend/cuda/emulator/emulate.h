@@ -230,6 +230,8 @@ inline V load_once(const V *address) {
     return *address;
 }
 
+inline void prefetch_line(const void *) {}
+
 inline unsigned long long atomic_add(const Shared<unsigned long long> &to, int64_t i, unsigned long long x) {
     emulated::shared_access(to.address(i), sizeof x, emulated::Use::Atomic);
     const unsigned long long before = *to.address(i);

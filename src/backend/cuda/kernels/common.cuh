@@ -116,6 +116,11 @@ __device__ inline V load_once(const V *address) {
     return __ldcs(address);
 }
 
+// Has LINE bytes of global memory brought to the second cache.
+__device__ inline void prefetch_line(const void *address) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 // What was there before.
 __device__ inline unsigned long long atomic_add(const Shared<unsigned long long> &to, int i, unsigned long long x) {
     return atomicAdd(to.address(i), x);
@@ -168,6 +173,7 @@ __device__ inline float2 halves(uint32_t bits) {
 #endif
 
 constexpr int WARP = 32;
+constexpr int LINE = 128;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
 // Two numbers in one register, the first in the low half.
@@ -204,3 +210,10 @@ __device__ inline float block_sum(float x) {
 }
 
 __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+// silu(gate) · up
+template <typename T>
+__device__ inline T gated(T gate, T up) {
+    const float x = to_float(gate);
+    return from_float<T>(x * sigmoid(x) * to_float(up));
+}

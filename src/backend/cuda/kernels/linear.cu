@@ -5,24 +5,28 @@
 // rows there are, nor on how slices are dealt to warps, nor on whether this kernel or gemm.cu makes it.
 #include "weights.cuh"
 
-constexpr int LINEAR_WARPS = 16;
+constexpr int LINEAR_WARPS = 14;
 constexpr int TILE_ROWS = 8;  // of x's rows, in a tensor-core tile
 constexpr int TILE = PANEL * TILE_ROWS;
-constexpr int UNROLL = 4;     // chunks on their way at once
+constexpr int STEP_CHUNKS = 4;  // of W, that a lane holds or waits for at any time
+constexpr int LINEAR_STEP = STEP_CHUNKS * CHUNK;
 
 // Where a lane finds its part of a panel of W.
 template <typename T, int FORMAT>
 struct Panel {
     const unsigned char *numbers, *scales;
+    uint32_t cols;
 
-    __device__ Panel(const LinearArgs &args, uint32_t panel) {
+    __device__ Panel(const LinearArgs &args) : cols(args.cols) {
         const int lane = threadIdx.x % WARP;
         const size_t chunks = args.cols / CHUNK;
         const unsigned char *start = static_cast<const unsigned char *>(args.weight);
-        start += panel * chunks * chunk_bytes(FORMAT);
+        start += blockIdx.x * chunks * chunk_bytes(FORMAT);
         numbers = start + lane * (FORMAT == Q8_0 ? 16 : 8);
         scales = start + (FORMAT == Q8_0 ? 512 : 256) + lane / 4 * 4;
     }
+
+    __device__ bool has(uint32_t column) const { return column < cols; }
 
     __device__ Stored<FORMAT> load(uint32_t column) const {
         const size_t at = size_t(column / CHUNK) * chunk_bytes(FORMAT);
@@ -38,22 +42,46 @@ struct Panel {
         if (FORMAT == Q4_1) stored.minima = load_once(reinterpret_cast<const uint32_t *>(scales + at + 32));
         return stored;
     }
+
+    // Has a step brought to the second cache.
+    __device__ void prefetch(uint32_t column) const {
+        const int lane = threadIdx.x % WARP, place = lane * (FORMAT == Q8_0 ? 16 : 8);
+        const size_t at = size_t(column / CHUNK) * chunk_bytes(FORMAT) + lane * LINE;
+        const size_t end = size_t(min(column + LINEAR_STEP, cols) / CHUNK) * chunk_bytes(FORMAT);
+        if (at < end) prefetch_line(numbers - place + at);
+    }
 };
 
 template <typename T>
 struct Panel<T, DENSE> {
-    const T *upper, *lower;
+    const T *upper, *lower;  // null: the lower rows are zeros
+    uint32_t cols;
 
-    __device__ Panel(const LinearArgs &args, uint32_t panel) {
-        const uint32_t row = panel * PANEL + threadIdx.x % WARP / 4, lane = threadIdx.x % 4;
-        const T *weight = static_cast<const T *>(args.weight) + 8 * lane;
-        upper = weight + size_t(min(row, args.outs - 1)) * args.cols;
-        lower = weight + size_t(min(row + 8, args.outs - 1)) * args.cols;
+    __device__ static const T *row(const LinearArgs &args, uint32_t row) {
+        return static_cast<const T *>(args.weight) + size_t(min(row, args.outs - 1)) * args.cols;
     }
 
+    __device__ Panel(const LinearArgs &args) : cols(args.cols) {
+        const uint32_t first = blockIdx.x * args.block_outs + threadIdx.x % WARP / 4, lane = threadIdx.x % 4;
+        upper = row(args, first) + 8 * lane;
+        lower = args.lower ? row(args, first + args.lower) + 8 * lane : nullptr;
+    }
+
+    // A lane may be alone beyond the last column.
+    __device__ bool has(uint32_t column) const { return column + 8 * (threadIdx.x % 4) < cols; }
+
     __device__ Stored<DENSE> load(uint32_t column) const {
-        return {load_once(reinterpret_cast<const uint4 *>(upper + column)),
-                load_once(reinterpret_cast<const uint4 *>(lower + column)), 0, 0};
+        Stored<DENSE> stored = {};
+        stored.upper = load_once(reinterpret_cast<const uint4 *>(upper + column));
+        if (lower) stored.lower = load_once(reinterpret_cast<const uint4 *>(lower + column));
+        return stored;
+    }
+
+    // The four lanes that have a row take its two lines, and those of the lower row.
+    __device__ void prefetch(uint32_t column) const {
+        const uint32_t lane = threadIdx.x % 4, at = column + lane % 2 * LINE / sizeof(T);
+        const T *start = lane < 2 ? upper : lower;
+        if (at < cols && start) prefetch_line(start - 8 * lane + at);
     }
 };
 
@@ -69,79 +97,92 @@ __device__ inline void store_tiles(const Shared<float> &partial, int at, const f
     }
 }
 
-// Adds W[panel, start … end] · x[8 · TILES rows]ᵀ to `sums`. `last` is the last column from which x has eight:
-// beyond the end, where the weights are zeros, those are read, so that no load waits for a branch.
+// A step from `column`; beyond the last column zeros.
+template <typename T, int FORMAT>
+__device__ inline void load_step(Stored<FORMAT> (&stored)[STEP_CHUNKS], const Panel<T, FORMAT> &panel, uint32_t column) {
+    const bool whole = column + LINEAR_STEP <= panel.cols;
+#pragma unroll
+    for (int chunk = 0; chunk < STEP_CHUNKS; chunk++) {
+        stored[chunk] = Stored<FORMAT>{};
+        if (whole || panel.has(column + chunk * CHUNK)) stored[chunk] = panel.load(column + chunk * CHUNK);
+    }
+}
+
+// Adds W[panel, slice] · x[8 · TILES rows]ᵀ to `sums`. `stored` has the slice's first step, and is left with that of
+// `next_slice`: what has been used is loaded anew at once, so there is always as much on its way.
+// Beyond the last columns, where the weights are zeros, x's last eight are read, so that no load waits for a branch.
 template <typename T, int FORMAT, int TILES>
-__device__ inline void multiply_slice(float (&sums)[TILES][4], const Panel<T, FORMAT> &panel,
-                                      const T *const (&x)[TILES], uint32_t start, uint32_t end, uint32_t last) {
-    for (; start < end; start += UNROLL * CHUNK) {
-        Stored<FORMAT> stored[UNROLL];
+__device__ inline void multiply_slice(float (&sums)[TILES][4], Stored<FORMAT> (&stored)[STEP_CHUNKS],
+                                      const Panel<T, FORMAT> &panel, const T *const (&x)[TILES],
+                                      const LinearArgs &args, uint32_t slice, uint32_t next_slice) {
+    const uint32_t end = min((slice + 1) * args.slice, args.cols);
+    for (uint32_t start = slice * args.slice; start < end; start += LINEAR_STEP) {
+        const uint32_t next = start + LINEAR_STEP < end ? start + LINEAR_STEP : next_slice * args.slice;
 #pragma unroll
-        for (int chunk = 0; chunk < UNROLL; chunk++) {
-            // A lane is outside alone only where rows end within a chunk, which packed ones do not.
-            const uint32_t column = start + chunk * CHUNK, own = FORMAT == DENSE ? 8 * (threadIdx.x % 4) : 0;
-            stored[chunk] = Stored<FORMAT>{};
-            if (column + own < end) stored[chunk] = panel.load(column);
-        }
-#pragma unroll
-        for (int chunk = 0; chunk < UNROLL; chunk++) {
+        for (int chunk = 0; chunk < STEP_CHUNKS; chunk++) {
             const Chunk<T, FORMAT> weights = unpack<T, FORMAT>(stored[chunk]);
-            const uint32_t column = min(start + chunk * CHUNK + 8 * (threadIdx.x % 4), last);
+            const uint32_t column = min(start + chunk * CHUNK + 8 * (threadIdx.x % 4), args.cols - 8);
 #pragma unroll
             for (int tile = 0; tile < TILES; tile++)
                 weights.add_to(sums[tile], operand<T, FORMAT>(load16(x[tile] + column)));
         }
+        load_step(stored, panel, next);
     }
 }
 
-// Block: 16 rows of W and 8 · TILES rows of x. Each warp takes every warps-th slice; after each round the
-// round's sums are added to the total in the order of the slices.
+// Block: a tensor-core tile's rows of W and 8 · TILES rows of x. Each warp takes every warps-th slice; after each
+// `slots` of them their sums are added to the total in the order of the slices.
 template <typename T, int FORMAT, int TILES>
 __device__ void linear(const LinearArgs &args) {
-    const int warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-    const uint32_t first_out = blockIdx.x * PANEL, first_row = blockIdx.y * TILE_ROWS * TILES;
+    const uint32_t warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    const uint32_t slices = (args.cols + args.slice - 1) / args.slice;
+    const Panel<T, FORMAT> panel(args);
+    Stored<FORMAT> stored[STEP_CHUNKS];
+    load_step(stored, panel, warp * args.slice);
+    for (uint32_t slice = warp + warps; slice < slices; slice += warps) panel.prefetch(slice * args.slice);
+    await_previous();
+
     SharedBytes memory;
     const Shared<float> total = memory.take<float>(TILES * TILE);
-    const Shared<float> partial = memory.take<float>(warps * TILES * TILE);
+    const Shared<float> partial = memory.take<float>(args.slots * TILES * TILE);
     for (int i = threadIdx.x; i < TILES * TILE; i += blockDim.x) total[i] = 0.0f;
-
-    const Panel<T, FORMAT> panel(args, blockIdx.x);
     const T *x_rows[TILES];
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) {
         // Rows that do not exist have the last one's numbers. Nobody looks at their sums.
-        const uint32_t row = min(first_row + tile * TILE_ROWS + threadIdx.x % WARP / 4, args.rows - 1);
+        const uint32_t row = min(tile * TILE_ROWS + threadIdx.x % WARP / 4, args.rows - 1);
         x_rows[tile] = static_cast<const T *>(args.x) + size_t(row) * args.cols;
     }
-    const uint32_t slices = (args.cols + args.slice - 1) / args.slice;
-    for (uint32_t round = 0; round < slices; round += warps) {
-        const uint32_t slice = round + warp;
-        if (slice < slices) {
+    uint32_t slice = warp;
+    for (uint32_t round = 0; round < slices; round += args.slots) {
+        const uint32_t count = min(slices - round, args.slots);
+        for (; slice < round + count; slice += warps) {
             float sums[TILES][4] = {};
-            const uint32_t end = min((slice + 1) * args.slice, args.cols);
-            multiply_slice<T, FORMAT, TILES>(sums, panel, x_rows, slice * args.slice, end, args.cols - 8);
-            store_tiles<TILES>(partial, warp * TILES * TILE, sums);
+            multiply_slice<T, FORMAT, TILES>(sums, stored, panel, x_rows, args, slice, slice + warps);
+            store_tiles<TILES>(partial, (slice - round) * TILES * TILE, sums);
         }
         __syncthreads();
-        const int count = min(slices - round, uint32_t(warps));
         for (int i = threadIdx.x; i < TILES * TILE; i += blockDim.x) {
             float sum = total[i];
-            for (int each = 0; each < count; each++) sum += partial[each * TILES * TILE + i];
+            for (uint32_t each = 0; each < count; each++) sum += partial[each * TILES * TILE + i];
             total[i] = sum;
         }
         __syncthreads();
     }
     for (int i = threadIdx.x; i < TILES * TILE; i += blockDim.x) {
-        const uint32_t row = first_row + i / PANEL, out = first_out + i % PANEL;
-        if (row < args.rows && out < args.outs) store_out<T>(args, row, out, total[i]);
+        const uint32_t row = i / PANEL, lower = i % PANEL / 8, out = blockIdx.x * args.block_outs + i % 8;
+        if (row >= args.rows || (lower && args.lower != 8)) continue;
+        if (args.lower > 8) store_gated<T>(args, row, out, total[i], total[i + 8]);
+        else if (out + 8 * lower < args.outs) store_out<T>(args, row, out + 8 * lower, total[i]);
     }
 }
 
-#define LINEAR_KERNELS(T, name, FORMAT)                                                                   \
-    KERNEL(linear_##T##_##name##_1, LinearArgs, LINEAR_WARPS *WARP) { linear<T, FORMAT, 1>(args); }       \
-    KERNEL(linear_##T##_##name##_2, LinearArgs, LINEAR_WARPS *WARP) { linear<T, FORMAT, 2>(args); }       \
-    KERNEL(linear_##T##_##name##_4, LinearArgs, LINEAR_WARPS *WARP) { linear<T, FORMAT, 4>(args); }       \
-    KERNEL(linear_##T##_##name##_8, LinearArgs, LINEAR_WARPS *WARP) { linear<T, FORMAT, 8>(args); }
+// Of each: rows of x in tiles, and blocks that a multiprocessor should have room for.
+#define LINEAR_KERNEL(T, name, FORMAT, tiles, blocks) \
+    EAGER_KERNEL(linear_##T##_##name##_##tiles, LinearArgs, LINEAR_WARPS *WARP, blocks) { linear<T, FORMAT, tiles>(args); }
+#define LINEAR_KERNELS(T, name, FORMAT)                                                       \
+    LINEAR_KERNEL(T, name, FORMAT, 1, 2) LINEAR_KERNEL(T, name, FORMAT, 2, 2)                 \
+    LINEAR_KERNEL(T, name, FORMAT, 4, 1) LINEAR_KERNEL(T, name, FORMAT, 8, 1)
 FOR_EACH_FORMAT(LINEAR_KERNELS)
 
 constexpr int EXACT_WARPS = 4;

@@ -75,28 +75,27 @@ __device__ inline void rope_head(const RopeArgs &args, const T *from, T *to, con
     }
 }
 
-// A block for each row, a warp for each head.
+// Grid: rows × heads by ROPE_WARPS. A warp for each head.
 template <typename T>
 __device__ void rope_and_cache(const RopeArgs &args) {
     const uint32_t position = args.positions[blockIdx.x], slot = args.slots[blockIdx.x];
     const uint32_t dim = args.dim, kv_heads = args.kv_heads;
     T *row = static_cast<T *>(args.qkv) + size_t(blockIdx.x) * args.width;
-    for (uint32_t head = threadIdx.x / WARP; head < args.heads + 2 * kv_heads; head += ROPE_WARPS) {
-        T *from = row + head * dim;
-        if (head < args.heads) {
-            rope_head(args, from, from, args.q_norm, position);
-            continue;
-        }
-        if (slot == NO_SLOT) continue;
-        const uint32_t kv_head = (head - args.heads) % kv_heads;
-        const size_t page = size_t(slot / PAGE) * kv_heads + kv_head, token = slot % PAGE;
-        if (head < args.heads + kv_heads) {
-            T *key = static_cast<T *>(args.keys) + (page * PAGE + token) * dim;
-            rope_head(args, from, key, args.k_norm, position);
-        } else {
-            T *values = static_cast<T *>(args.values) + page * dim * PAGE + token;
-            for (uint32_t i = threadIdx.x % WARP; i < dim; i += WARP) values[size_t(i) * PAGE] = from[i];
-        }
+    const uint32_t head = blockIdx.y * ROPE_WARPS + threadIdx.x / WARP;
+    T *from = row + head * dim;
+    if (head < args.heads) {
+        rope_head(args, from, from, args.q_norm, position);
+        return;
+    }
+    if (head >= args.heads + 2 * kv_heads || slot == NO_SLOT) return;
+    const uint32_t kv_head = (head - args.heads) % kv_heads;
+    const size_t page = size_t(slot / PAGE) * kv_heads + kv_head, token = slot % PAGE;
+    if (head < args.heads + kv_heads) {
+        T *key = static_cast<T *>(args.keys) + (page * PAGE + token) * dim;
+        rope_head(args, from, key, args.k_norm, position);
+    } else {
+        T *values = static_cast<T *>(args.values) + page * dim * PAGE + token;
+        for (uint32_t i = threadIdx.x % WARP; i < dim; i += WARP) values[size_t(i) * PAGE] = from[i];
     }
 }
 

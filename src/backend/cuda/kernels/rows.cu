@@ -54,31 +54,55 @@ struct RmsNormArgs {
     float eps;
 };
 
+constexpr uint32_t KEPT = 8;  // numbers of a row that a thread holds, so that their loads are under way together
+constexpr uint32_t ROUND = KEPT * ROW_THREADS;
+
 // out = residual / sqrt(mean(residual²) + eps) · weight
 template <typename T>
 __device__ void add_rms_norm(const RmsNormArgs &args) {
     const size_t start = size_t(blockIdx.x) * args.cols;
     float *residual = args.residual + start;
     const T *x = static_cast<const T *>(args.x) + start;
-    float squares = 0.0f;
-    for (uint32_t i = threadIdx.x; i < args.cols; i += ROW_THREADS) {
-        float value = residual[i];
-        if (args.x) {
-            value += to_float(x[i]);
-            residual[i] = value;
+    T *out = static_cast<T *>(args.out) + start;
+    float value[KEPT] = {}, added[KEPT] = {}, weight[KEPT] = {};
+    // visit(which of the thread's numbers, its column)
+    const auto each = [&](uint32_t first, const auto &visit) {
+#pragma unroll
+        for (uint32_t j = 0; j < KEPT; j++) {
+            const uint32_t i = first + j * ROW_THREADS + threadIdx.x;
+            if (i < args.cols) visit(j, i);
         }
-        squares += value * value;
+    };
+    each(0, [&](uint32_t j, uint32_t i) { weight[j] = args.weight[i]; });
+    await_previous();
+    float squares = 0.0f;
+    for (uint32_t first = 0; first < args.cols; first += ROUND) {
+        each(first, [&](uint32_t j, uint32_t i) {
+            value[j] = residual[i];
+            if (args.x) added[j] = to_float(x[i]);
+        });
+        each(first, [&](uint32_t j, uint32_t i) {
+            value[j] += added[j];
+            if (args.x) residual[i] = value[j];
+            squares += value[j] * value[j];
+        });
     }
     squares = block_sum<ROW_THREADS / WARP>(squares);
     const float scale = 1.0f / sqrtf(squares / float(args.cols) + args.eps);
-    T *out = static_cast<T *>(args.out) + start;
-    for (uint32_t i = threadIdx.x; i < args.cols; i += ROW_THREADS)
-        out[i] = from_float<T>(residual[i] * scale * args.weight[i]);
+    for (uint32_t first = 0; first < args.cols; first += ROUND) {
+        if (args.cols > ROUND) {
+            each(first, [&](uint32_t j, uint32_t i) {
+                value[j] = residual[i];
+                weight[j] = args.weight[i];
+            });
+        }
+        each(first, [&](uint32_t j, uint32_t i) { out[i] = from_float<T>(value[j] * scale * weight[j]); });
+    }
 }
 
-KERNEL(rms_norm_f32, RmsNormArgs, ROW_THREADS) { add_rms_norm<float>(args); }
-KERNEL(rms_norm_f16, RmsNormArgs, ROW_THREADS) { add_rms_norm<f16>(args); }
-KERNEL(rms_norm_bf16, RmsNormArgs, ROW_THREADS) { add_rms_norm<bf16>(args); }
+EAGER_KERNEL(rms_norm_f32, RmsNormArgs, ROW_THREADS) { add_rms_norm<float>(args); }
+EAGER_KERNEL(rms_norm_f16, RmsNormArgs, ROW_THREADS) { add_rms_norm<f16>(args); }
+EAGER_KERNEL(rms_norm_bf16, RmsNormArgs, ROW_THREADS) { add_rms_norm<bf16>(args); }
 
 struct GateArgs {
     void *out;         // [rows, width]
@@ -111,8 +135,7 @@ __device__ void gated_activation(const GatedActivationArgs &args) {
     const T *x = static_cast<const T *>(args.x) + size_t(blockIdx.x) * 2 * args.width;
     T *out = static_cast<T *>(args.out) + size_t(blockIdx.x) * args.width;
     for (uint32_t i = blockIdx.y * ROW_THREADS + threadIdx.x; i < args.width; i += gridDim.y * ROW_THREADS) {
-        const float gate = to_float(x[i]);
-        out[i] = from_float<T>(gate * sigmoid(gate) * to_float(x[args.width + i]));
+        out[i] = gated(x[i], x[args.width + i]);
     }
 }
 

@@ -15,6 +15,10 @@ struct LinearArgs {
     const float *bias;   // [outs]; null: none
     void *out;           // [rows, outs], of x's type or f32
     uint32_t rows, cols, outs, slice, out_is_f32;
+    // Of linear.cu: rows of W from a block to the next, and from the upper eight rows of a block's tile to the
+    // lower ones; 0: there are none, more than 8: the upper rows are the gates of the lower.
+    uint32_t block_outs, lower;
+    uint32_t slots;  // slices whose sums wait in shared memory
 };
 
 // How weights are stored; of matrix.rs. Packed ones lie as [outs / 16][cols / 32] chunks: the numbers of
@@ -130,6 +134,18 @@ __device__ inline void store_out(const LinearArgs &args, uint32_t row, uint32_t 
     if (args.bias) sum += args.bias[out];
     if (args.out_is_f32) static_cast<float *>(args.out)[at] = sum;
     else static_cast<T *>(args.out)[at] = from_float<T>(sum);
+}
+
+// An element of [rows, outs / 2] from two of `out`, rounded as if these had been stored.
+template <typename T>
+__device__ inline void store_gated(const LinearArgs &args, uint32_t row, uint32_t out, float gate, float up) {
+    const uint32_t width = args.outs / 2;
+    if (out >= width) return;
+    if (args.bias) {
+        gate += args.bias[out];
+        up += args.bias[out + width];
+    }
+    static_cast<T *>(args.out)[size_t(row) * width + out] = gated(from_float<T>(gate), from_float<T>(up));
 }
 
 // KERNEL name(T, FORMAT) for each number type and format.
