@@ -17,6 +17,7 @@ use half::bf16;
 const ROW_THREADS: u32 = 256;
 const ROPE_WARPS: usize = 8;
 const ATTENTION_THREADS: u32 = 4 * 32;
+const MERGE_THREADS: u32 = 512;
 /// Rows of the weights that a block of `linear` takes, and rows of the input in a tensor-core tile.
 const TILE_OUTS: usize = 16;
 const TILE_ROWS: usize = 8;
@@ -323,15 +324,16 @@ impl Cuda {
             return Ok(out);
         }
         let chunks = chunks_of(dim)?;
-        let grid = |count| grid(count, ATTENTION_THREADS);
-        self.launch(&format!("attention_{{}}_{chunks}"), grid(plan.num_items), args)?;
+        let of_tiles = |count| grid(count, ATTENTION_THREADS);
+        self.launch(&format!("attention_{{}}_{chunks}"), of_tiles(plan.num_items), args)?;
         let with = |(num_items, items)| AttentionArgs { items, num_items, ..args };
         if plan.num_partials > 0 {
-            self.launch("merge_{}", grid(plan.num_merges), with(plan.merges))?;
+            let grid = grid(plan.num_merges, MERGE_THREADS);
+            self.launch("merge_{}", grid, with(plan.merges))?;
         }
         if plan.num_prefills > 0 {
             let name = format!("prefill_{{}}_{chunks}");
-            self.launch(&name, grid(plan.num_prefills), with(plan.prefills))?;
+            self.launch(&name, of_tiles(plan.num_prefills), with(plan.prefills))?;
         }
         Ok(out)
     }

@@ -10,16 +10,88 @@ struct AttentionShared {
     Shared<uint4> weights;         // [warps, lanes]: what the tensor cores take
 };
 
-// One step: KEYS keys from `key`, of which those before `end` exist.
+// Keys are loaded a step before they are scored, values before the scores that weigh them, where registers
+// suffice; pages are brought to the second cache this many steps before.
+constexpr int MOST_CHUNKS_AHEAD = 4;
+constexpr int PREFETCH_STEPS = 2;
+
+// The keys that a block goes over, and where they lie. Each lane knows one page of a split and the next.
+struct Walk {
+    uint32_t key, limit;   // where the step begins, and where all end
+    uint32_t table;        // the sequence's block table
+    uint32_t page, ahead;  // of the split and the next; of the split after and its next, on their way
+
+    __device__ uint32_t load_page(const AttentionArgs &args, uint32_t split) const {
+        const uint32_t page = split * (SPLIT / KV_PAGE) + threadIdx.x % WARP;
+        return args.blocks[table + min(page, (limit - 1) / KV_PAGE)];
+    }
+    __device__ void begin_split(const AttentionArgs &args, uint32_t split) {
+        page = ahead;
+        ahead = load_page(args, split + 1);
+    }
+    // The page of a key of this split or the next; all lanes ask for the same.
+    __device__ uint32_t page_of(uint32_t at) const {
+        return __shfl_sync(ALL_LANES, page, at / KV_PAGE - key / SPLIT * (SPLIT / KV_PAGE));
+    }
+    // The warp's own page of a step to come.
+    template <typename T>
+    __device__ void prefetch(const AttentionArgs &args, uint32_t steps) const {
+        const uint32_t at = key + steps * KEYS + threadIdx.x / WARP * KV_PAGE;
+        if (at >= limit) return;
+        const uint32_t page = page_of(at), lines = args.dim * KV_PAGE * sizeof(T) / LINE;
+        for (uint32_t line = threadIdx.x % WARP; line < 2 * lines; line += WARP) {
+            const T *start = page_at<T>(line < lines ? args.keys : args.values, args, page);
+            prefetch_line(start + line % lines * (LINE / sizeof(T)));
+        }
+    }
+};
+
+// What a warp has of a step: its page's keys, and its columns of all pages' values.
+template <typename T, int CHUNKS>
+struct Loaded {
+    static constexpr bool AHEAD = CHUNKS <= MOST_CHUNKS_AHEAD;
+    static constexpr int PARTS = Tile<T, CHUNKS, ATTENTION_WARPS>::PARTS;
+    uint4 keys[CHUNKS][2];
+    uint2 values[PAGES][PARTS];
+
+    // Those of the warp's page from key `own` on.
+    __device__ void load_keys(const AttentionArgs &args, const Walk &walk, uint32_t own) {
+        if (own >= walk.limit) return;
+        const T *page = page_at<T>(args.keys, args, walk.page_of(own));
+#pragma unroll
+        for (int i = 0; i < 2 * CHUNKS; i++) keys[i / 2][i % 2] = load_key(page, args.dim, i / 2, i % 2);
+    }
+    __device__ void load_page_values(const AttentionArgs &args, const Walk &walk, int page) {
+        const uint32_t start = walk.key + page * KV_PAGE;
+        if (start >= walk.limit) return;
+        const T *from = page_at<T>(args.values, args, walk.page_of(start));
+        const int first = Tile<T, CHUNKS, ATTENTION_WARPS>::first_part();
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) values[page][part] = load_values(from, args.dim, first + part);
+    }
+};
+
+// One step: KEYS keys, of which those before the end exist.
 template <typename T, int CHUNKS>
 __device__ inline void attend(Tile<T, CHUNKS, ATTENTION_WARPS> &tile, const uint4 (&query)[CHUNKS][2],
-                              const AttentionArgs &args, const AttentionItem &item, const AttentionShared &shared,
-                              uint32_t key, uint32_t end) {
+                              Loaded<T, CHUNKS> &loaded, const AttentionArgs &args, const AttentionShared &shared,
+                              const Walk &walk) {
     const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4, warp = threadIdx.x / WARP;
-    const uint32_t own = key + warp * KV_PAGE;
+    const uint32_t own = walk.key + warp * KV_PAGE;
+    walk.prefetch<T>(args, PREFETCH_STEPS);
+    if (loaded.AHEAD) {
+#pragma unroll
+        for (int page = 0; page < PAGES; page++) loaded.load_page_values(args, walk, page);
+    }
     float scores[2][4] = {};
     const auto kept = [&](int chunk, int half) { return query[chunk][half]; };
-    if (own < end) score<T, CHUNKS>(scores, kept, page_of<T>(args.keys, args, item, own), args.dim);
+    if (own < walk.limit) {
+        const T *page = page_at<T>(args.keys, args, walk.page_of(own));
+        score<T, CHUNKS>(scores, kept, [&](int chunk, int j) {
+            return loaded.AHEAD ? loaded.keys[chunk][j] : load_key(page, args.dim, chunk, j);
+        });
+    }
+    if (loaded.AHEAD) loaded.load_keys(args, walk, own + KEYS);
     mask(scores, tile, args, own);
     const float2 greatest = row_max(scores);
     if (t == 0) {
@@ -51,10 +123,13 @@ __device__ inline void attend(Tile<T, CHUNKS, ATTENTION_WARPS> &tile, const uint
     }
 #pragma unroll
     for (int i = 0; i < 4 * CHUNKS; i++) tile.sums[i / 4][i % 4] *= fade[i % 4 / 2];
-    for (int each = 0; each < ATTENTION_WARPS && key + each * KV_PAGE < end; each++) {
-        const uint32_t start = key + each * KV_PAGE;
-        const uint4 weights = shared.weights[each * WARP + threadIdx.x % WARP];
-        add_values(tile, weights, page_of<T>(args.values, args, item, start), args.dim, end - start);
+#pragma unroll
+    for (int page = 0; page < PAGES; page++) {
+        const uint32_t start = walk.key + page * KV_PAGE;
+        if (start >= walk.limit) break;
+        if (!loaded.AHEAD) loaded.load_page_values(args, walk, page);
+        const uint4 weights = shared.weights[page * WARP + threadIdx.x % WARP];
+        add_values(tile, weights, walk.limit - start, [&](int part) { return loaded.values[page][part]; });
     }
 }
 
@@ -82,13 +157,21 @@ __device__ void attention_item(const AttentionArgs &args, const AttentionItem &i
     uint4 query[CHUNKS][2];
     load_queries(tile, args, item, [&](int chunk, int half, const uint4 &numbers) { query[chunk][half] = numbers; });
     const Reach reach = reach_of(args, item);
+    Walk walk;
+    walk.key = max(item.first_split * SPLIT, reach.begin / KEYS * KEYS);
+    walk.limit = min((item.last_split + 1) * SPLIT, reach.end);
+    walk.table = item.blocks;
+    walk.page = walk.ahead = walk.load_page(args, walk.key / SPLIT);
+    for (int steps = 0; steps < PREFETCH_STEPS; steps++) walk.prefetch<T>(args, steps);
+    Loaded<T, CHUNKS> loaded = {};
+    if (loaded.AHEAD) loaded.load_keys(args, walk, walk.key + threadIdx.x / WARP * KV_PAGE);
     Tile<T, CHUNKS, ATTENTION_WARPS> whole = tile;
     whole.clear();
-    for (uint32_t split = item.first_split; split <= item.last_split; split++) {
+    for (uint32_t split = walk.key / SPLIT; split <= item.last_split; split++) {
+        walk.begin_split(args, split);
         tile.clear();
-        const uint32_t stop = min((split + 1) * SPLIT, reach.end);
-        for (uint32_t key = split * SPLIT; key < stop; key += KEYS)
-            if (key + KEYS > reach.begin) attend(tile, query, args, item, shared, key, stop);
+        const uint32_t stop = min((split + 1) * SPLIT, walk.limit);
+        for (; walk.key < stop; walk.key += KEYS) attend(tile, query, loaded, args, shared, walk);
         whole.merge(tile);
     }
     if (item.partial == WHOLE) store_rows(whole, args, item);
@@ -103,27 +186,28 @@ __device__ void attention(const AttentionArgs &args) {
     SHARED(uint4, weights, ATTENTION_THREADS);
     const AttentionShared shared{maxima, totals, weights};
     const AttentionItem *items = reinterpret_cast<const AttentionItem *>(args.items);
-    for (uint32_t at = blockIdx.x; at < *args.num_items; at += gridDim.x) {
-        const AttentionItem item = items[at];
+    const uint32_t count = *args.num_items;
+    AttentionItem item = items[blockIdx.x];  // there is room for as many items as blocks
+    for (uint32_t at = blockIdx.x; at < count;) {
         attention_item<T, CHUNKS>(args, item, shared);
+        at += gridDim.x;
+        if (at < count) item = items[at];
     }
 }
 
-#define ATTENTION(T, chunks) \
-    KERNEL(attention_##T##_##chunks, AttentionArgs, ATTENTION_THREADS) { attention<T, chunks>(args); }
+#define ATTENTION(T, chunks, blocks)                                                             \
+    EAGER_KERNEL(attention_##T##_##chunks, AttentionArgs, ATTENTION_THREADS, blocks) {           \
+        await_previous();                                                                        \
+        attention<T, chunks>(args);                                                              \
+    }
+#define ATTENTIONS(T)                                                \
+    ATTENTION(T, 1, 4) ATTENTION(T, 2, 4) ATTENTION(T, 3, 3)         \
+    ATTENTION(T, 4, 2) ATTENTION(T, 6, 2) ATTENTION(T, 8, 1)
 
-ATTENTION(f16, 1)
-ATTENTION(f16, 2)
-ATTENTION(f16, 3)
-ATTENTION(f16, 4)
-ATTENTION(f16, 6)
-ATTENTION(f16, 8)
-ATTENTION(bf16, 1)
-ATTENTION(bf16, 2)
-ATTENTION(bf16, 3)
-ATTENTION(bf16, 4)
-ATTENTION(bf16, 6)
-ATTENTION(bf16, 8)
+ATTENTIONS(f16)
+ATTENTIONS(bf16)
+
+constexpr int MERGE_THREADS = 512;
 
 // Puts the partial results of a tile's splits together, in ascending order.
 template <typename T>
@@ -134,13 +218,14 @@ __device__ void merge(const AttentionArgs &args) {
     for (uint32_t at = blockIdx.x; at < *args.num_items; at += gridDim.x) {
         const MergeItem item = items[at];
         const float *first = args.partial + item.partial * size + size_t(blockIdx.y) * ATTENTION_ROWS * stride;
-        for (uint32_t i = threadIdx.x; i < ATTENTION_ROWS * args.dim; i += ATTENTION_THREADS) {
+        for (uint32_t i = threadIdx.x; i < ATTENTION_ROWS * args.dim; i += MERGE_THREADS) {
             const uint32_t row = i / args.dim, column = i % args.dim;
             const uint32_t index = item.tile * ATTENTION_ROWS + row;
             const Query query = query_of(args, item.first_row, item.rows, index, blockIdx.y);
             if (!query.exists) continue;
             Softmax whole = {-INFINITY, 0.0f};
             float sum = 0.0f;
+#pragma unroll 4
             for (uint32_t split = 0; split < item.count; split++) {
                 const float *partial = first + split * size + row * stride;
                 const float2 factors = merge_softmax(whole, {partial[args.dim], partial[args.dim + 1]});
@@ -151,8 +236,8 @@ __device__ void merge(const AttentionArgs &args) {
     }
 }
 
-KERNEL(merge_f16, AttentionArgs, ATTENTION_THREADS) { merge<f16>(args); }
-KERNEL(merge_bf16, AttentionArgs, ATTENTION_THREADS) { merge<bf16>(args); }
+KERNEL(merge_f16, AttentionArgs, MERGE_THREADS) { merge<f16>(args); }
+KERNEL(merge_bf16, AttentionArgs, MERGE_THREADS) { merge<bf16>(args); }
 
 constexpr int MAX_COLUMNS = 256 / WARP;
 

@@ -134,20 +134,26 @@ __device__ inline void load_queries(Tile<T, CHUNKS, SHARES> &tile, const Attenti
     }
 }
 
+// A lane's part of a page's keys, for score tile j: columns 32 · chunk + 8t … of one key.
+template <typename T>
+__device__ inline uint4 load_key(const T *page, uint32_t dim, int chunk, int j) {
+    const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4, key = 4 * (g / 2) + 2 * j + g % 2;
+    const uint32_t column = 32 * chunk + 8 * t;
+    return column < dim ? load16(page + key * dim + column) : uint4{0, 0, 0, 0};
+}
+
 // Products of the 16 queries with the 16 keys of a page. Lane t of score tile j has keys 4t + 2j, 4t + 2j + 1,
-// so that `add_values` finds four neighbours in each lane. `query(chunk, half)`: what was kept.
-template <typename T, int CHUNKS, typename Kept>
-__device__ inline void score(float (&scores)[2][4], const Kept &query, const T *page, uint32_t dim) {
-    const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+// so that `add_values` finds four neighbours in each lane. `query(chunk, half)`: what was kept, `key(chunk, j)`:
+// what `load_key` gives.
+template <typename T, int CHUNKS, typename Kept, typename Key>
+__device__ inline void score(float (&scores)[2][4], const Kept &query, const Key &key) {
 #pragma unroll
     for (int chunk = 0; chunk < CHUNKS; chunk++) {
-        const uint32_t column = 32 * chunk + 8 * t;
         const uint4 q0 = query(chunk, 0), q1 = query(chunk, 1);
         const uint32_t low[4] = {q0.x, q1.x, q0.y, q1.y}, high[4] = {q0.z, q1.z, q0.w, q1.w};
 #pragma unroll
         for (int j = 0; j < 2; j++) {
-            const int key = 4 * (g / 2) + 2 * j + g % 2;
-            const uint4 k = column < dim ? load16(page + key * dim + column) : uint4{0, 0, 0, 0};
+            const uint4 k = key(chunk, j);
             const uint32_t first[2] = {k.x, k.y}, second[2] = {k.z, k.w};
             mma<T>(scores[j], low, first);
             mma<T>(scores[j], high, second);
@@ -192,10 +198,16 @@ __device__ inline float2 row_sum(const float (&scores)[2][4]) {
     return sum;
 }
 
-// Four values of one column, those of keys from `hidden` on as zeros: what lies there may be anything.
+// Four values of one of the columns of the warp's `part`, in a page.
 template <typename T>
-__device__ inline uint2 load_values(const T *values, uint32_t hidden) {
-    uint2 found = *reinterpret_cast<const uint2 *>(values);
+__device__ inline uint2 load_values(const T *page, uint32_t dim, int part) {
+    const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+    const uint32_t column = 8 * part + g;
+    return column < dim ? *reinterpret_cast<const uint2 *>(page + column * KV_PAGE + 4 * t) : uint2{0, 0};
+}
+
+// Those of keys from `hidden` on as zeros: what lies there may be anything.
+__device__ inline uint2 hide_values(uint2 found, uint32_t hidden) {
     if (hidden < 4) {
         if (hidden <= 0) found.x = 0;
         else if (hidden == 1) found.x &= 0xffff;
@@ -205,28 +217,26 @@ __device__ inline uint2 load_values(const T *values, uint32_t hidden) {
     return found;
 }
 
-// Adds weights · values of one page to the tile's columns. `seen` keys of the page exist.
-template <typename T, int CHUNKS, int SHARES>
-__device__ inline void add_values(Tile<T, CHUNKS, SHARES> &tile, const uint4 &weights, const T *page, uint32_t dim,
-                                  uint32_t seen) {
-    const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+// Adds weights · values of one page to the tile's columns. `seen` keys of the page exist. `values(part)`: what
+// `load_values` gives for the tile's `part`.
+template <typename T, int CHUNKS, int SHARES, typename Values>
+__device__ inline void add_values(Tile<T, CHUNKS, SHARES> &tile, const uint4 &weights, uint32_t seen,
+                                  const Values &values) {
+    const int t = threadIdx.x % 4;
     const uint32_t a[4] = {weights.x, weights.y, weights.z, weights.w};
     const uint32_t hidden = seen > uint32_t(4 * t) ? seen - 4 * t : 0;
 #pragma unroll
     for (int part = 0; part < tile.PARTS; part++) {
-        const uint32_t column = 8 * (tile.first_part() + part) + g;
-        const uint2 v = column < dim ? load_values(page + column * KV_PAGE + 4 * t, hidden) : uint2{0, 0};
+        const uint2 v = hide_values(values(part), hidden);
         const uint32_t b[2] = {v.x, v.y};
         mma<T>(tile.sums[part], a, b);
     }
 }
 
-// A page's keys, or values, of a sequence and this block's key/value head.
+// Keys, or values, of this block's key/value head in a page of the cache.
 template <typename T>
-__device__ inline const T *page_of(const void *pages, const AttentionArgs &args, const AttentionItem &item,
-                                   uint32_t key) {
-    const size_t page = size_t(args.blocks[item.blocks + key / KV_PAGE]) * args.kv_heads + blockIdx.y;
-    return static_cast<const T *>(pages) + page * args.dim * KV_PAGE;
+__device__ inline const T *page_at(const void *pages, const AttentionArgs &args, uint32_t page) {
+    return static_cast<const T *>(pages) + (size_t(page) * args.kv_heads + blockIdx.y) * args.dim * KV_PAGE;
 }
 
 // The weights of four neighbouring keys, as the tensor cores take them.

@@ -18,7 +18,11 @@ __device__ inline void attend_alone(Tile<T, CHUNKS, SHARES> &tile, const Shared<
         const auto kept = [&](int chunk, int half) {
             return uint4(queries[(2 * chunk + half) * ATTENTION_THREADS + threadIdx.x]);
         };
-        if (start < end) score<T, CHUNKS>(scores[page], kept, page_of<T>(args.keys, args, item, start), args.dim);
+        if (start < end) {
+            const T *keys = page_at<T>(args.keys, args, args.blocks[item.blocks + start / KV_PAGE]);
+            const auto loaded = [&](int chunk, int j) { return load_key(keys, args.dim, chunk, j); };
+            score<T, CHUNKS>(scores[page], kept, loaded);
+        }
         mask(scores[page], tile, args, start);
         const float2 greatest = row_max(scores[page]);
         maximum[0] = fmaxf(maximum[0], greatest.x);
@@ -45,7 +49,9 @@ __device__ inline void attend_alone(Tile<T, CHUNKS, SHARES> &tile, const Shared<
         const uint32_t start = key + page * KV_PAGE;
         if (start >= end) break;
         const uint4 weights = pack_weights<T>(scores[page]);
-        add_values(tile, weights, page_of<T>(args.values, args, item, start), args.dim, end - start);
+        const T *values = page_at<T>(args.values, args, args.blocks[item.blocks + start / KV_PAGE]);
+        add_values(tile, weights, end - start,
+                   [&](int part) { return load_values(values, args.dim, tile.first_part() + part); });
     }
 }
 
