@@ -22,8 +22,9 @@ const MERGE_THREADS: u32 = 512;
 const TILE_OUTS: usize = 16;
 const TILE_ROWS: usize = 8;
 const LINEAR_WARPS: usize = 14;
-/// Most tiles of the input in a block of `linear`; more rows are for `gemm`.
+/// Most tiles of the input in a block of `linear`; more rows are for `gemm`. And most that a first cache holds.
 const MAX_TILES: usize = 8;
+const CACHED_TILES: usize = 4;
 /// Of `gemm`: columns of a stage, and stages.
 const STEP: usize = 64;
 const STAGES: usize = 3;
@@ -118,7 +119,7 @@ impl Cuda {
             )));
         }
         let format = matrix.format;
-        if rows > MAX_TILES * TILE_ROWS {
+        if !self.is_few(rows, outs) {
             self.gemm(rows, outs, format, args)?;
             return Ok(out);
         }
@@ -136,7 +137,7 @@ impl Cuda {
         matrix: &Matrix,
     ) -> Result<Option<Tensor>> {
         let (rows, width) = (x.dims()[0], matrix.outs() / 2);
-        let is_few = rows <= MAX_TILES * TILE_ROWS && matrix.cols().is_multiple_of(8);
+        let is_few = self.is_few(rows, matrix.outs()) && matrix.cols().is_multiple_of(8);
         if self.is_exact() || !is_few || matrix.format != Format::Dense || width <= 8 {
             return Ok(None);
         }
@@ -145,6 +146,13 @@ impl Cuda {
         let args = LinearArgs { block_outs: 8, lower: width as u32, ..args };
         self.few_rows(width, matrix.format, args)?;
         Ok(Some(out))
+    }
+
+    /// Whether `linear` reads less than `gemm`: each of its blocks reads all rows, which is not for nothing once
+    /// they no longer lie in a first cache; `gemm` then needs a block for each multiprocessor.
+    fn is_few(&self, rows: usize, outs: usize) -> bool {
+        let suits_gemm = outs.div_ceil(64) >= self.multiprocessors;
+        rows <= TILE_ROWS * if suits_gemm { CACHED_TILES } else { MAX_TILES }
     }
 
     /// `linear` of few rows. `outs`: columns of its output.
@@ -213,7 +221,9 @@ impl Cuda {
             gate_width: qkv.dims()[1] as u32,
             offset: offset as u32,
         };
-        self.launch("gate_attention_{}", Grid::each(out.dims()[0], ROW_THREADS), args)
+        let blocks = (out.dims()[0] as u32, out.dims()[1].div_ceil(ROW_THREADS as usize) as u32);
+        let grid = Grid { blocks, threads: ROW_THREADS, shared_bytes: 0 };
+        self.launch("gate_attention_{}", grid, args)
     }
 
     pub(in crate::backend) fn gather_rows(&self, x: &Tensor, rows: &[u32]) -> Result<Tensor> {

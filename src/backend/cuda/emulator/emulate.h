@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <algorithm>
+#include <type_traits>
 
 #define __global__
 #define __device__
@@ -232,9 +233,10 @@ inline V load_once(const V *address) {
 
 inline void prefetch_line(const void *) {}
 
-inline unsigned long long atomic_add(const Shared<unsigned long long> &to, int64_t i, unsigned long long x) {
+template <typename T>
+T atomic_add(const Shared<T> &to, int64_t i, std::common_type_t<T> x) {
     emulated::shared_access(to.address(i), sizeof x, emulated::Use::Atomic);
-    const unsigned long long before = *to.address(i);
+    const T before = *to.address(i);
     *to.address(i) += x;
     return before;
 }

@@ -122,6 +122,9 @@ __device__ inline void prefetch_line(const void *address) {
 }
 
 // What was there before.
+__device__ inline uint32_t atomic_add(const Shared<uint32_t> &to, int i, uint32_t x) {
+    return atomicAdd(to.address(i), x);
+}
 __device__ inline unsigned long long atomic_add(const Shared<unsigned long long> &to, int i, unsigned long long x) {
     return atomicAdd(to.address(i), x);
 }

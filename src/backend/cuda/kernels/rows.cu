@@ -110,13 +110,13 @@ struct GateArgs {
     uint32_t width, gate_width, offset;
 };
 
-// out *= sigmoid(gate)
+// out *= sigmoid(gate). Grid: rows × columns by ROW_THREADS.
 template <typename T>
 __device__ void gate_attention(const GateArgs &args) {
     T *out = static_cast<T *>(args.out) + size_t(blockIdx.x) * args.width;
     const T *gate = static_cast<const T *>(args.gate) + size_t(blockIdx.x) * args.gate_width + args.offset;
-    for (uint32_t i = threadIdx.x; i < args.width; i += ROW_THREADS)
-        out[i] = from_float<T>(to_float(out[i]) * sigmoid(to_float(gate[i])));
+    const uint32_t i = blockIdx.y * ROW_THREADS + threadIdx.x;
+    if (i < args.width) out[i] = from_float<T>(to_float(out[i]) * sigmoid(to_float(gate[i])));
 }
 
 KERNEL(gate_attention_f32, GateArgs, ROW_THREADS) { gate_attention<float>(args); }

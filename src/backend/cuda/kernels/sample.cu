@@ -73,6 +73,40 @@ __device__ inline Mass block_max(Mass x, const Shared<Mass> &room) {
     return x;
 }
 
+// Calls visit(id, logit) for the thread's logits of a row: by fours where they are aligned, several on their way.
+template <typename Visit>
+__device__ inline void for_each_logit(const float *logits, uint32_t vocab, const Visit &visit) {
+    constexpr uint32_t LOADS = 4, STRIDE = 4 * SAMPLE_THREADS;
+    const uint32_t aligned = reinterpret_cast<uintptr_t>(logits) % 16 ? 0 : vocab / 4 * 4;
+    for (uint32_t first = 4 * threadIdx.x; first < aligned; first += LOADS * STRIDE) {
+        uint4 four[LOADS];
+#pragma unroll
+        for (uint32_t i = 0; i < LOADS; i++)
+            if (first + i * STRIDE < aligned) four[i] = load16(logits + first + i * STRIDE);
+#pragma unroll
+        for (uint32_t i = 0; i < LOADS; i++) {
+            const uint32_t id = first + i * STRIDE;
+            if (id >= aligned) break;
+            visit(id, __uint_as_float(four[i].x));
+            visit(id + 1, __uint_as_float(four[i].y));
+            visit(id + 2, __uint_as_float(four[i].z));
+            visit(id + 3, __uint_as_float(four[i].w));
+        }
+    }
+    for (uint32_t id = aligned + threadIdx.x; id < vocab; id += SAMPLE_THREADS) visit(id, logits[id]);
+}
+
+// Sums of masses in two words each, the lower first: to words GPUs add at once, to more they do not.
+struct Histogram {
+    Shared<uint32_t> words;
+    __device__ void add(int i, Mass x) const {
+        const uint32_t low = uint32_t(x), before = atomic_add(words, 2 * i, low);
+        const uint32_t high = uint32_t(x >> 32) + (before + low < low);
+        if (high) atomic_add(words, 2 * i + 1, high);
+    }
+    __device__ Mass operator[](int i) const { return Mass(words[2 * i + 1]) << 32 | Mass(words[2 * i]); }
+};
+
 struct Threshold {
     uint32_t key;  // the largest at which what lies at or above it measures enough
     Mass above;    // what lies above it
@@ -81,22 +115,23 @@ struct Threshold {
 // Goes down the digits of the keys, 11 bits, 11 and 10; `measure` gives what a logit counts.
 template <typename Measure>
 __device__ Threshold threshold(const float *logits, uint32_t vocab, Mass goal, const Measure &measure) {
-    SHARED(Mass, histogram, DIGITS);
+    SHARED(uint32_t, words, 2 * DIGITS);
     SHARED(Mass, sums, GROUPS);
+    const Histogram histogram{words};
     SHARED(Mass, found, 2);
     Threshold result = {0, 0};
     for (int shift = 21; shift >= 0; shift = shift > 10 ? 10 : shift - 10) {
         const int above_digit = shift == 0 ? 10 : shift + 11;  // bits that are settled start here
         const int digits = 1 << (above_digit - shift);
         __syncthreads();
-        for (int i = threadIdx.x; i < digits; i += SAMPLE_THREADS) histogram[i] = 0;
+        for (int i = threadIdx.x; i < 2 * digits; i += SAMPLE_THREADS) words[i] = 0;
         __syncthreads();
-        for (uint32_t id = threadIdx.x; id < vocab; id += SAMPLE_THREADS) {
-            const uint32_t key = key_of(logits[id]);
-            if (above_digit < 32 && key >> above_digit != result.key >> above_digit) continue;
-            const Mass counted = measure(logits[id]);
-            if (counted) atomic_add(histogram, key >> shift & (digits - 1), counted);
-        }
+        for_each_logit(logits, vocab, [&](uint32_t, float logit) {
+            const uint32_t key = key_of(logit);
+            if (above_digit < 32 && key >> above_digit != result.key >> above_digit) return;
+            const Mass counted = measure(logit);
+            if (counted) histogram.add(key >> shift & (digits - 1), counted);
+        });
         __syncthreads();
         const int width = digits / GROUPS;
         if (threadIdx.x < GROUPS) {
@@ -142,7 +177,7 @@ __device__ Kept kept_of(const float *logits, uint32_t vocab, const Draw &draw, c
         if (threadIdx.x == 0) total[0] = 0;
         __syncthreads();
         Mass own = 0;
-        for (uint32_t id = threadIdx.x; id < vocab; id += SAMPLE_THREADS) own += kept.mass(logits[id]);
+        for_each_logit(logits, vocab, [&](uint32_t, float logit) { own += kept.mass(logit); });
         own = warp_total(own);
         if (threadIdx.x % WARP == 0) atomic_add(total, 0, own);
         __syncthreads();
@@ -217,11 +252,10 @@ __device__ void pick(const float *logits, uint32_t vocab, const Kept &kept, doub
 __device__ Mass best_of(const float *logits, uint32_t vocab) {
     SHARED(Mass, room, SAMPLE_WARPS);
     Mass best = 0;
-    for (uint32_t id = threadIdx.x; id < vocab; id += SAMPLE_THREADS) {
-        const float logit = logits[id];
+    for_each_logit(logits, vocab, [&](uint32_t id, float logit) {
         const bool broken = !(fabsf(logit) <= 3.4028234e38f);
         best = max(best, broken ? ~Mass(0) : Mass(key_of(logit)) << 32 | (NO_TOKEN - id));
-    }
+    });
     return block_max(best, room);
 }
 
@@ -246,12 +280,12 @@ __device__ void list(const float *logits, uint32_t vocab, uint32_t top, uint32_t
     const Threshold last = threshold(logits, vocab, top, [](float) { return Mass(1); });
     if (threadIdx.x == 0) listed[0] = 0;
     __syncthreads();
-    for (uint32_t id = threadIdx.x; id < vocab; id += SAMPLE_THREADS) {
-        if (key_of(logits[id]) <= last.key) continue;
+    for_each_logit(logits, vocab, [&](uint32_t id, float logit) {
+        if (key_of(logit) <= last.key) return;
         const uint32_t place = uint32_t(atomic_add(listed, 0, 1));
         out[2 * place] = id;
-        out[2 * place + 1] = __float_as_uint(logits[id]);
-    }
+        out[2 * place + 1] = __float_as_uint(logit);
+    });
     uint32_t next = 0;
     for (uint32_t place = uint32_t(last.above); place < top; place++) {
         Mass first = 0;  // larger for smaller ids
@@ -277,10 +311,10 @@ KERNEL(score, ScoreArgs, SAMPLE_THREADS) {
     __syncthreads();
     const float chosen = logits[token];
     Mass sum = 0, above = 0;
-    for (uint32_t id = threadIdx.x; id < args.vocab; id += SAMPLE_THREADS) {
-        sum += weights.mass(logits[id]);
-        above += logits[id] > chosen;
-    }
+    for_each_logit(logits, args.vocab, [&](uint32_t, float logit) {
+        sum += weights.mass(logit);
+        above += logit > chosen;
+    });
     sum = warp_total(sum);
     above = warp_total(above);
     if (threadIdx.x % WARP == 0) {
