@@ -23,7 +23,8 @@ pub(super) type Address = u64;
 pub(super) const SHARED_BYTES: u32 = 48 << 10;
 
 /// Share of a multiprocessor's memory that kernels would have as shared memory, in percent: the same for
-/// all, or a block could not start beside those of the kernel before.
+/// all that decode, or a block could not start beside those of the kernel before. Matrices of prompts take
+/// what they need.
 const SHARED_PERCENT: i32 = 50;
 
 /// What the build script made of `kernels/*.cu`, and the kernels in it. `{}` stands for each type.
@@ -243,8 +244,10 @@ fn function(
     shared_bytes: u32,
 ) -> std::result::Result<CudaFunction, DriverError> {
     let function = module.load_function(name)?;
-    let share = CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
-    function.set_attribute(share, SHARED_PERCENT)?;
+    if !name.starts_with("gemm_") {
+        let share = CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+        function.set_attribute(share, SHARED_PERCENT)?;
+    }
     if shared_bytes > SHARED_BYTES && (name.starts_with("linear_") || name.starts_with("gemm_")) {
         let limit = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         function.set_attribute(limit, shared_bytes as i32)?;

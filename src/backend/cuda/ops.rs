@@ -123,8 +123,11 @@ impl Cuda {
             self.gemm(rows, outs, format, args)?;
             return Ok(out);
         }
-        // Half a tile's rows where multiprocessors would be left without.
-        let is_narrow = format == Format::Dense && outs.div_ceil(TILE_OUTS) < self.multiprocessors;
+        // Half a tile's rows where multiprocessors would be left without, while the input that each block
+        // reads is small beside them.
+        let is_narrow = format == Format::Dense
+            && rows <= TILE_ROWS / 2
+            && outs.div_ceil(TILE_OUTS) < self.multiprocessors;
         let (block_outs, lower) = if is_narrow { (8, 0) } else { (TILE_OUTS as u32, 8) };
         self.few_rows(outs, format, LinearArgs { block_outs, lower, ..args })?;
         Ok(out)
@@ -338,7 +341,9 @@ impl Cuda {
         self.launch(&format!("attention_{{}}_{chunks}"), of_tiles(plan.num_items), args)?;
         let with = |(num_items, items)| AttentionArgs { items, num_items, ..args };
         if plan.num_partials > 0 {
-            let grid = grid(plan.num_merges, MERGE_THREADS);
+            // Only where blocks are too few are many tiles cut.
+            let most = (2 * self.multiprocessors).div_ceil(heads.num_kv_heads);
+            let grid = grid(plan.num_merges.min(most), MERGE_THREADS);
             self.launch("merge_{}", grid, with(plan.merges))?;
         }
         if plan.num_prefills > 0 {

@@ -237,7 +237,7 @@ int cu_module_get_function(void **function, void *, const char *name) {
 }
 int cu_module_unload(void *) { return SUCCESS; }
 int cu_func_set_attribute(void *function, int attribute, int value) {
-    if (attribute == 9) return value >= -1 && value <= 100 ? SUCCESS : INVALID_VALUE;  // PREFERRED_SHARED_MEMORY_CARVEOUT
+    if (attribute == 9) return value <= 100 ? SUCCESS : INVALID_VALUE;  // PREFERRED_SHARED_MEMORY_CARVEOUT
     if (attribute != 8) return INVALID_VALUE;  // MAX_DYNAMIC_SHARED_SIZE_BYTES
     if (value > SHARED_BYTES) return INVALID_VALUE;
     static_cast<Function *>(function)->shared_bytes = value;

@@ -1,4 +1,5 @@
 // Everything emulated in one unit: the device, the driver, and the kernels as the host compiler sees them.
+#include "memory.cpp"
 #include "device.cpp"
 #include "driver.cpp"
 

@@ -186,12 +186,9 @@ __device__ void attention(const AttentionArgs &args) {
     SHARED(uint4, weights, ATTENTION_THREADS);
     const AttentionShared shared{maxima, totals, weights};
     const AttentionItem *items = reinterpret_cast<const AttentionItem *>(args.items);
-    const uint32_t count = *args.num_items;
-    AttentionItem item = items[blockIdx.x];  // there is room for as many items as blocks
-    for (uint32_t at = blockIdx.x; at < count;) {
+    for (uint32_t at = blockIdx.x; at < *args.num_items; at += gridDim.x) {
+        const AttentionItem item = items[at];
         attention_item<T, CHUNKS>(args, item, shared);
-        at += gridDim.x;
-        if (at < count) item = items[at];
     }
 }
 

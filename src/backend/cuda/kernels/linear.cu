@@ -99,7 +99,8 @@ __device__ inline void store_tiles(const Shared<float> &partial, int at, const f
 
 // A step from `column`; beyond the last column zeros.
 template <typename T, int FORMAT>
-__device__ inline void load_step(Stored<FORMAT> (&stored)[STEP_CHUNKS], const Panel<T, FORMAT> &panel, uint32_t column) {
+__device__ inline void load_step(Stored<FORMAT> (&stored)[STEP_CHUNKS], const Panel<T, FORMAT> &panel,
+                                 uint32_t column) {
     const bool whole = column + LINEAR_STEP <= panel.cols;
 #pragma unroll
     for (int chunk = 0; chunk < STEP_CHUNKS; chunk++) {
@@ -108,9 +109,10 @@ __device__ inline void load_step(Stored<FORMAT> (&stored)[STEP_CHUNKS], const Pa
     }
 }
 
-// Adds W[panel, slice] · x[8 · TILES rows]ᵀ to `sums`. `stored` has the slice's first step, and is left with that of
-// `next_slice`: what has been used is loaded anew at once, so there is always as much on its way.
-// Beyond the last columns, where the weights are zeros, x's last eight are read, so that no load waits for a branch.
+// Adds W[panel, slice] · x[8 · TILES rows]ᵀ to `sums`. `stored` has the slice's first step, and is left with
+// that of `next_slice`: what has been used is loaded anew at once, so there is always as much on its way.
+// Beyond the last column, where the weights are zeros, x's last eight are read, so that no load waits for a
+// branch.
 template <typename T, int FORMAT, int TILES>
 __device__ inline void multiply_slice(float (&sums)[TILES][4], Stored<FORMAT> (&stored)[STEP_CHUNKS],
                                       const Panel<T, FORMAT> &panel, const T *const (&x)[TILES],
@@ -130,8 +132,8 @@ __device__ inline void multiply_slice(float (&sums)[TILES][4], Stored<FORMAT> (&
     }
 }
 
-// Block: a tensor-core tile's rows of W and 8 · TILES rows of x. Each warp takes every warps-th slice; after each
-// `slots` of them their sums are added to the total in the order of the slices.
+// Block: a tensor-core tile's rows of W and 8 · TILES rows of x. Each warp takes every warps-th slice; after
+// each `slots` of them their sums are added to the total in the order of the slices.
 template <typename T, int FORMAT, int TILES>
 __device__ void linear(const LinearArgs &args) {
     const uint32_t warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
@@ -178,10 +180,12 @@ __device__ void linear(const LinearArgs &args) {
 }
 
 // Of each: rows of x in tiles, and blocks that a multiprocessor should have room for.
-#define LINEAR_KERNEL(T, name, FORMAT, tiles, blocks) \
-    EAGER_KERNEL(linear_##T##_##name##_##tiles, LinearArgs, LINEAR_WARPS *WARP, blocks) { linear<T, FORMAT, tiles>(args); }
-#define LINEAR_KERNELS(T, name, FORMAT)                                                       \
-    LINEAR_KERNEL(T, name, FORMAT, 1, 2) LINEAR_KERNEL(T, name, FORMAT, 2, 2)                 \
+#define LINEAR_KERNEL(T, name, FORMAT, tiles, blocks)                                       \
+    EAGER_KERNEL(linear_##T##_##name##_##tiles, LinearArgs, LINEAR_WARPS *WARP, blocks) {   \
+        linear<T, FORMAT, tiles>(args);                                                     \
+    }
+#define LINEAR_KERNELS(T, name, FORMAT)                                                     \
+    LINEAR_KERNEL(T, name, FORMAT, 1, 2) LINEAR_KERNEL(T, name, FORMAT, 2, 2)               \
     LINEAR_KERNEL(T, name, FORMAT, 4, 1) LINEAR_KERNEL(T, name, FORMAT, 8, 1)
 FOR_EACH_FORMAT(LINEAR_KERNELS)
 

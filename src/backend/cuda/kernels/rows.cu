@@ -64,7 +64,8 @@ __device__ void add_rms_norm(const RmsNormArgs &args) {
     float *residual = args.residual + start;
     const T *x = static_cast<const T *>(args.x) + start;
     T *out = static_cast<T *>(args.out) + start;
-    float value[KEPT] = {}, added[KEPT] = {}, weight[KEPT] = {};
+    float value[KEPT] = {}, weight[KEPT] = {};
+    T added[KEPT] = {};
     // visit(which of the thread's numbers, its column)
     const auto each = [&](uint32_t first, const auto &visit) {
 #pragma unroll
@@ -79,11 +80,13 @@ __device__ void add_rms_norm(const RmsNormArgs &args) {
     for (uint32_t first = 0; first < args.cols; first += ROUND) {
         each(first, [&](uint32_t j, uint32_t i) {
             value[j] = residual[i];
-            if (args.x) added[j] = to_float(x[i]);
+            if (args.x) added[j] = x[i];
         });
         each(first, [&](uint32_t j, uint32_t i) {
-            value[j] += added[j];
-            if (args.x) residual[i] = value[j];
+            if (args.x) {
+                value[j] += to_float(added[j]);
+                residual[i] = value[j];
+            }
             squares += value[j] * value[j];
         });
     }
