@@ -616,6 +616,10 @@ fn faults_are_reported() {
         (c"broken_copy_into_what_others_read", "shared memory race"),
         (c"broken_unaligned_load", "no multiple of 16"),
         (c"broken_unaligned_store", "no multiple of its alignment"),
+        (
+            c"broken_prefetch_past_the_end",
+            "prefetch: access to past the end of an allocation of 256 bytes",
+        ),
         (c"broken_no_wait", "a thread ends without await_previous"),
         (c"broken_early_write", "accessed before await_previous"),
         (c"broken_early_read", "accessed before await_previous"),

@@ -41,6 +41,18 @@ fn float16_is_closer_than_bfloat16() {
     }
 }
 
+/// Of compute capability 8.0: kernels start when their turn has come.
+#[cfg(feature = "cuda-emulator")]
+#[test]
+fn an_older_gpu_computes_the_same() {
+    let golden = Golden::read("llama");
+    let error = |ordinal| {
+        let backend = Backend::cuda(ordinal, DType::BFloat16).expect("a GPU");
+        logit_error(&golden, &mut runner("llama", backend)).to_bits()
+    };
+    assert_eq!(error(1), error(0));
+}
+
 fn random_requests(vocab: usize) -> Vec<(Vec<u32>, SamplingOptions)> {
     let mut rng = Rng(7);
     let mut begun: Vec<u32> = Vec::new();

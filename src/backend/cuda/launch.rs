@@ -22,9 +22,9 @@ pub(super) type Address = u64;
 /// Dynamic shared memory that a launch may ask for without further ado.
 pub(super) const SHARED_BYTES: u32 = 48 << 10;
 
-/// Share of a multiprocessor's memory that kernels would have as shared memory, in percent: the same for
-/// all that decode, or a block could not start beside those of the kernel before. Matrices of prompts take
-/// what they need.
+/// Share of a multiprocessor's memory that kernels would have as shared memory, in percent, where they start
+/// early: the same for all, or a block could not start beside those of the kernel before. But `gemm` takes
+/// what it needs, for prompts and rows that decode: its blocks stage much, and do nothing before their turn.
 const SHARED_PERCENT: i32 = 50;
 
 /// What the build script made of `kernels/*.cu`, and the kernels in it. `{}` stands for each type.
@@ -152,18 +152,20 @@ impl Kernels {
     /// Loads them into `context`; a function may take up to `shared_bytes` of dynamic shared memory.
     pub(super) fn load(context: &Arc<CudaContext>, shared_bytes: u32) -> Result<Self> {
         let (major, _) = context.compute_capability().map_err(unloadable)?;
+        let start_early = major >= 9;
         let mut functions = HashMap::new();
         for (code, names) in MODULES {
             let module =
                 context.load_module(Ptx::from_binary(code.to_vec())).map_err(unloadable)?;
             for name in names.iter().flat_map(|name| instances(name)) {
-                let function = function(&module, &name, shared_bytes).map_err(|error| {
-                    Error::new(ErrorKind::Device, format!("kernel {name}: {error}"))
-                })?;
+                let function =
+                    function(&module, &name, shared_bytes, start_early).map_err(|error| {
+                        Error::new(ErrorKind::Device, format!("kernel {name}: {error}"))
+                    })?;
                 functions.insert(name, function);
             }
         }
-        Ok(Self { functions, start_early: major >= 9 })
+        Ok(Self { functions, start_early })
     }
 
     /// Queues kernel `name`.
@@ -242,9 +244,10 @@ fn function(
     module: &Arc<CudaModule>,
     name: &str,
     shared_bytes: u32,
+    start_early: bool,
 ) -> std::result::Result<CudaFunction, DriverError> {
     let function = module.load_function(name)?;
-    if !name.starts_with("gemm_") {
+    if start_early && !name.starts_with("gemm_") {
         let share = CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
         function.set_attribute(share, SHARED_PERCENT)?;
     }

@@ -21,7 +21,6 @@ const MERGE_THREADS: u32 = 512;
 /// Rows of the weights that a block of `linear` takes, and rows of the input in a tensor-core tile.
 const TILE_OUTS: usize = 16;
 const TILE_ROWS: usize = 8;
-const LINEAR_WARPS: usize = 14;
 /// Most tiles of the input in a block of `linear`; more rows are for `gemm`. And most that a first cache holds.
 const MAX_TILES: usize = 8;
 const CACHED_TILES: usize = 4;
@@ -163,12 +162,15 @@ impl Cuda {
         let tiles = (args.rows as usize).div_ceil(TILE_ROWS).next_power_of_two();
         let blocks = outs.div_ceil(args.block_outs as usize);
         let slices = args.cols.div_ceil(args.slice) as usize;
+        // Most warps of the kernel, and blocks of so many that a multiprocessor has room for.
+        let (most, together) = if tiles <= 2 { (14, 2) } else { (12, 1) };
         // Where there are many, small blocks: while some of a multiprocessor end, others load.
         let is_wide = blocks >= 4 * self.multiprocessors;
-        let most = if is_wide { LINEAR_WARPS / 2 } else { LINEAR_WARPS };
+        let (most, together) = if is_wide { (most / 2, 2 * together) } else { (most, together) };
         let warps = slices.div_ceil(slices.div_ceil(most));
         let tile = tiles * TILE_OUTS * TILE_ROWS * size_of::<f32>();
-        let rounds = (SHARED_BYTES as usize / tile - 1) / warps;
+        // What all blocks of a multiprocessor have is about half of the least that one has.
+        let rounds = (SHARED_BYTES as usize / together / tile - 1) / warps;
         let slots = slices.min(rounds.max(1) * warps);
         let shared = (slots + 1) * tile;
         debug_assert!(shared <= self.shared_bytes, "tiles and warps are few enough");

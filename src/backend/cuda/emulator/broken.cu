@@ -68,6 +68,7 @@ BROKEN_KERNEL(copy_into_what_others_read) {
 }
 BROKEN_KERNEL(unaligned_load) { args.data[threadIdx.x] = float(load16(args.data + 1).x); }
 BROKEN_KERNEL(unaligned_store) { *reinterpret_cast<uint2 *>(args.data + 1 + threadIdx.x / 32) = uint2{1, 2}; }
+BROKEN_KERNEL(prefetch_past_the_end) { prefetch_line(args.data + 1 + threadIdx.x); }
 EAGER_KERNEL(broken_no_wait, BrokenArgs, BROKEN_THREADS) {
     if (threadIdx.x) await_previous();
 }

@@ -363,6 +363,10 @@ void check_alignment(const void *address) {
     if (reinterpret_cast<uintptr_t>(address) % 16) fail("16 bytes at %p, which is no multiple of 16", address);
 }
 
+void check_prefetch(const void *address) {
+    if (!is_device_memory(address, 1)) fail("prefetch: access to %s", describe(address).c_str());
+}
+
 void copy_begin(void *to, const void *from) {
     check_alignment(to);
     check_alignment(from);

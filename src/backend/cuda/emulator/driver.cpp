@@ -7,7 +7,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
-#include <functional>
 #include <map>
 #include <mutex>
 #include <set>
@@ -51,6 +50,7 @@ struct Event {
 
 struct Function {
     const Kernel *kernel;
+    void *context;  // of its module
     size_t shared_bytes = 48 << 10;  // that a launch may ask for
 };
 
@@ -68,6 +68,7 @@ struct Launch {
     unsigned num_attributes;
 };
 
+constexpr int COMPUTE_CAPABILITY[] = {9, 8};  // of each GPU, in front of the point
 constexpr int MULTIPROCESSORS = 4;
 constexpr int SHARED_BYTES = 99 << 10;  // that a function may be allowed
 
@@ -79,7 +80,7 @@ std::map<std::string, uint64_t> counts;
 std::string last_report;
 int sticky = SUCCESS;  // as on a GPU, a fault ends the context
 thread_local void *current_context;
-char context;
+char contexts[std::size(COMPUTE_CAPABILITY)];
 
 size_t total_memory() {
     const char *given = getenv("ASTRAI_EMULATED_MEMORY");
@@ -168,6 +169,11 @@ int wait_event(Event *event) {
     return event->stream && event->stream->done < event->after ? finish(event->stream, event->after) : sticky;
 }
 
+// Whether the function's GPU has programmatic dependent launch.
+bool starts_early(const Function &function) {
+    return COMPUTE_CAPABILITY[static_cast<char *>(function.context) - contexts] >= 9;
+}
+
 using Guard = std::lock_guard<std::recursive_mutex>;
 
 }  // namespace
@@ -181,28 +187,28 @@ int cu_driver_get_version(int *version) {
 }
 int cu_device_get(int *device, int ordinal) {
     *device = ordinal;
-    return ordinal == 0 ? SUCCESS : 101;  // INVALID_DEVICE
+    return ordinal < int(std::size(contexts)) ? SUCCESS : 101;  // INVALID_DEVICE
 }
 int cu_device_get_count(int *count) {
-    *count = 1;
+    *count = std::size(contexts);
     return SUCCESS;
 }
 int cu_device_get_name(char *name, int bytes, int) {
     snprintf(name, bytes, "emulated GPU");
     return SUCCESS;
 }
-int cu_device_get_attribute(int *value, int attribute, int) {
+int cu_device_get_attribute(int *value, int attribute, int device) {
     switch (attribute) {
     case 16: *value = MULTIPROCESSORS; break;
-    case 75: *value = 9; break;  // compute capability 9.0
+    case 75: *value = COMPUTE_CAPABILITY[device]; break;
     case 97: *value = SHARED_BYTES; break;
     case 115: *value = 1; break;  // memory pools
     default: *value = 0;
     }
     return SUCCESS;
 }
-int cu_ctx_retain(void **out, int) {
-    *out = &context;
+int cu_ctx_retain(void **out, int device) {
+    *out = &contexts[device];
     return SUCCESS;
 }
 int cu_ctx_release(int) { return SUCCESS; }
@@ -222,38 +228,39 @@ int cu_ctx_synchronize() {
 int cu_ctx_destroy(void *) { return SUCCESS; }
 
 int cu_module_load_data(void **module, const void *) {
-    *module = &context;
+    *module = current_context;
     return SUCCESS;
 }
-int cu_module_get_function(void **function, void *, const char *name) {
+int cu_module_get_function(void **function, void *module, const char *name) {
     Guard guard(lock);
     const Kernel *kernel = find_kernel(name);
     if (!kernel) {
         last_report = std::string("there is no kernel ") + name;
         return NOT_FOUND;
     }
-    *function = new Function{kernel};  // lives as long as the process, like its module
+    *function = new Function{kernel, module};  // lives as long as the process, like its module
     return SUCCESS;
 }
 int cu_module_unload(void *) { return SUCCESS; }
 int cu_func_set_attribute(void *function, int attribute, int value) {
-    if (attribute == 9) return value <= 100 ? SUCCESS : INVALID_VALUE;  // PREFERRED_SHARED_MEMORY_CARVEOUT
-    if (attribute != 8) return INVALID_VALUE;  // MAX_DYNAMIC_SHARED_SIZE_BYTES
-    if (value > SHARED_BYTES) return INVALID_VALUE;
-    static_cast<Function *>(function)->shared_bytes = value;
+    Function &changed = *static_cast<Function *>(function);
+    if (attribute == 9) return value <= 100 && starts_early(changed) ? SUCCESS : INVALID_VALUE;  // SHARED_MEMORY_CARVEOUT
+    if (attribute != 8 || value > SHARED_BYTES) return INVALID_VALUE;  // MAX_DYNAMIC_SHARED_SIZE_BYTES
+    changed.shared_bytes = value;
     return SUCCESS;
 }
-// Every kernel of ours may start early, as the GPU that is emulated lets them.
+// Every kernel of ours may start early where its GPU lets it.
 int cu_launch_kernel_ex(const Launch *launch, void *handle, void **arguments, void **) {
     Guard guard(lock);
-    if (current_context != &context) return INVALID_CONTEXT;
     const Function &function = *static_cast<Function *>(handle);
+    if (current_context != function.context) return INVALID_CONTEXT;
     const dim3 grid = launch->grid, block = launch->block;
     const size_t shared_bytes = launch->shared_bytes;
     if (!grid.x || !grid.y || !grid.z || !block.x || !block.y || !block.z || grid.y > 65535 || grid.z > 65535 ||
         shared_bytes > function.shared_bytes)
         return INVALID_VALUE;
-    if (launch->num_attributes != 1 || launch->attributes->id != 6 || launch->attributes->number != 1)
+    if (launch->num_attributes != starts_early(function)) return INVALID_VALUE;
+    if (launch->num_attributes && (launch->attributes->id != 6 || launch->attributes->number != 1))
         return INVALID_VALUE;  // PROGRAMMATIC_STREAM_SERIALIZATION
     const Kernel *kernel = function.kernel;
     const char *first = static_cast<const char *>(arguments[0]);

@@ -77,6 +77,8 @@ void await_copies(uint32_t groups);
 
 // Fails unless 16 bytes can be moved at once.
 void check_alignment(const void *address);
+// Fails unless it is one of device memory, though nothing is read there.
+void check_prefetch(const void *address);
 
 // A kernel, by name.
 struct Kernel {
@@ -231,7 +233,7 @@ inline V load_once(const V *address) {
     return *address;
 }
 
-inline void prefetch_line(const void *) {}
+inline void prefetch_line(const void *address) { emulated::check_prefetch(address); }
 
 template <typename T>
 T atomic_add(const Shared<T> &to, int64_t i, std::common_type_t<T> x) {

@@ -71,19 +71,10 @@ struct Loaded {
     }
 };
 
-// One step: KEYS keys, of which those before the end exist.
+// Scores of the warp's own page in a step; loads the keys of that in the next.
 template <typename T, int CHUNKS>
-__device__ inline void attend(Tile<T, CHUNKS, ATTENTION_WARPS> &tile, const uint4 (&query)[CHUNKS][2],
-                              Loaded<T, CHUNKS> &loaded, const AttentionArgs &args, const AttentionShared &shared,
-                              const Walk &walk) {
-    const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4, warp = threadIdx.x / WARP;
-    const uint32_t own = walk.key + warp * KV_PAGE;
-    walk.prefetch<T>(args, PREFETCH_STEPS);
-    if (loaded.AHEAD) {
-#pragma unroll
-        for (int page = 0; page < PAGES; page++) loaded.load_page_values(args, walk, page);
-    }
-    float scores[2][4] = {};
+__device__ inline void score_page(float (&scores)[2][4], const uint4 (&query)[CHUNKS][2], Loaded<T, CHUNKS> &loaded,
+                                  const AttentionArgs &args, const Walk &walk, uint32_t own) {
     const auto kept = [&](int chunk, int half) { return query[chunk][half]; };
     if (own < walk.limit) {
         const T *page = page_at<T>(args.keys, args, walk.page_of(own));
@@ -92,11 +83,18 @@ __device__ inline void attend(Tile<T, CHUNKS, ATTENTION_WARPS> &tile, const uint
         });
     }
     if (loaded.AHEAD) loaded.load_keys(args, walk, own + KEYS);
-    mask(scores, tile, args, own);
+}
+
+// Scores → weights of a step in shared memory, and the softmax of the tile: with those of the other warps. How
+// what was summed before fades, for rows g and g + 8.
+template <typename T, int CHUNKS>
+__device__ inline float2 weigh_together(float (&scores)[2][4], Tile<T, CHUNKS, ATTENTION_WARPS> &tile,
+                                        const AttentionShared &shared) {
+    const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4, own = threadIdx.x / WARP * ATTENTION_ROWS + g;
     const float2 greatest = row_max(scores);
     if (t == 0) {
-        shared.maxima[warp * ATTENTION_ROWS + g] = greatest.x;
-        shared.maxima[warp * ATTENTION_ROWS + g + 8] = greatest.y;
+        shared.maxima[own] = greatest.x;
+        shared.maxima[own + 8] = greatest.y;
     }
     __syncthreads();
     float maximum[2], fade[2];
@@ -109,8 +107,8 @@ __device__ inline void attend(Tile<T, CHUNKS, ATTENTION_WARPS> &tile, const uint
     }
     const float2 total = row_sum(scores);
     if (t == 0) {
-        shared.totals[warp * ATTENTION_ROWS + g] = total.x;
-        shared.totals[warp * ATTENTION_ROWS + g + 8] = total.y;
+        shared.totals[own] = total.x;
+        shared.totals[own + 8] = total.y;
     }
     shared.weights[threadIdx.x] = pack_weights<T>(scores);
     __syncthreads();
@@ -121,8 +119,26 @@ __device__ inline void attend(Tile<T, CHUNKS, ATTENTION_WARPS> &tile, const uint
         tile.softmax[half].weight = fmaf(tile.softmax[half].weight, fade[half], sum);
         tile.softmax[half].maximum = maximum[half];
     }
+    return make_float2(fade[0], fade[1]);
+}
+
+// One step: KEYS keys, of which those before the end exist.
+template <typename T, int CHUNKS>
+__device__ inline void attend(Tile<T, CHUNKS, ATTENTION_WARPS> &tile, const uint4 (&query)[CHUNKS][2],
+                              Loaded<T, CHUNKS> &loaded, const AttentionArgs &args, const AttentionShared &shared,
+                              const Walk &walk) {
+    const uint32_t own = walk.key + threadIdx.x / WARP * KV_PAGE;
+    walk.prefetch<T>(args, PREFETCH_STEPS);
+    if (loaded.AHEAD) {
 #pragma unroll
-    for (int i = 0; i < 4 * CHUNKS; i++) tile.sums[i / 4][i % 4] *= fade[i % 4 / 2];
+        for (int page = 0; page < PAGES; page++) loaded.load_page_values(args, walk, page);
+    }
+    float scores[2][4] = {};
+    score_page(scores, query, loaded, args, walk, own);
+    mask(scores, tile, args, own);
+    const float2 fade = weigh_together(scores, tile, shared);
+#pragma unroll
+    for (int i = 0; i < 4 * CHUNKS; i++) tile.sums[i / 4][i % 4] *= i % 4 < 2 ? fade.x : fade.y;
 #pragma unroll
     for (int page = 0; page < PAGES; page++) {
         const uint32_t start = walk.key + page * KV_PAGE;

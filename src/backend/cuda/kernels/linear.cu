@@ -5,7 +5,6 @@
 // rows there are, nor on how slices are dealt to warps, nor on whether this kernel or gemm.cu makes it.
 #include "weights.cuh"
 
-constexpr int LINEAR_WARPS = 14;
 constexpr int TILE_ROWS = 8;  // of x's rows, in a tensor-core tile
 constexpr int TILE = PANEL * TILE_ROWS;
 constexpr int STEP_CHUNKS = 4;  // of W, that a lane holds or waits for at any time
@@ -97,51 +96,66 @@ __device__ inline void store_tiles(const Shared<float> &partial, int at, const f
     }
 }
 
-// A step from `column`; beyond the last column zeros.
+// A panel of W, and what a lane has of it: the chunks of a step, or their loads under way.
 template <typename T, int FORMAT>
-__device__ inline void load_step(Stored<FORMAT> (&stored)[STEP_CHUNKS], const Panel<T, FORMAT> &panel,
-                                 uint32_t column) {
-    const bool whole = column + LINEAR_STEP <= panel.cols;
-#pragma unroll
-    for (int chunk = 0; chunk < STEP_CHUNKS; chunk++) {
-        stored[chunk] = Stored<FORMAT>{};
-        if (whole || panel.has(column + chunk * CHUNK)) stored[chunk] = panel.load(column + chunk * CHUNK);
-    }
-}
+struct Held {
+    Panel<T, FORMAT> panel;
+    Stored<FORMAT> stored[STEP_CHUNKS];
 
-// Adds W[panel, slice] · x[8 · TILES rows]ᵀ to `sums`. `stored` has the slice's first step, and is left with
-// that of `next_slice`: what has been used is loaded anew at once, so there is always as much on its way.
-// Beyond the last column, where the weights are zeros, x's last eight are read, so that no load waits for a
-// branch.
+    // A step from `column`; beyond the last column zeros.
+    __device__ void load(uint32_t column) {
+        const bool whole = column + LINEAR_STEP <= panel.cols;
+#pragma unroll
+        for (int chunk = 0; chunk < STEP_CHUNKS; chunk++) {
+            stored[chunk] = Stored<FORMAT>{};
+            if (whole || panel.has(column + chunk * CHUNK)) stored[chunk] = panel.load(column + chunk * CHUNK);
+        }
+    }
+};
+
+// Adds W[panel, slice] · x[8 · TILES rows]ᵀ to `sums`. `weights` has the slice's first step, and is left with
+// that of `next_slice`: as soon as a step has been used, the next one is loaded, in the same registers. Beyond the
+// last column, where the weights are zeros, x's last eight are read, so that no load waits for a branch.
 template <typename T, int FORMAT, int TILES>
-__device__ inline void multiply_slice(float (&sums)[TILES][4], Stored<FORMAT> (&stored)[STEP_CHUNKS],
-                                      const Panel<T, FORMAT> &panel, const T *const (&x)[TILES],
-                                      const LinearArgs &args, uint32_t slice, uint32_t next_slice) {
+__device__ inline void multiply_slice(float (&sums)[TILES][4], Held<T, FORMAT> &weights,
+                                      const T *const (&x)[TILES], const LinearArgs &args, uint32_t slice,
+                                      uint32_t next_slice) {
     const uint32_t end = min((slice + 1) * args.slice, args.cols);
     for (uint32_t start = slice * args.slice; start < end; start += LINEAR_STEP) {
         const uint32_t next = start + LINEAR_STEP < end ? start + LINEAR_STEP : next_slice * args.slice;
 #pragma unroll
         for (int chunk = 0; chunk < STEP_CHUNKS; chunk++) {
-            const Chunk<T, FORMAT> weights = unpack<T, FORMAT>(stored[chunk]);
+            const Chunk<T, FORMAT> unpacked = unpack<T, FORMAT>(weights.stored[chunk]);
             const uint32_t column = min(start + chunk * CHUNK + 8 * (threadIdx.x % 4), args.cols - 8);
 #pragma unroll
             for (int tile = 0; tile < TILES; tile++)
-                weights.add_to(sums[tile], operand<T, FORMAT>(load16(x[tile] + column)));
+                unpacked.add_to(sums[tile], operand<T, FORMAT>(load16(x[tile] + column)));
         }
-        load_step(stored, panel, next);
+        weights.load(next);
+    }
+}
+
+// The block's part of `out`, from total[8 · TILES rows of x][16 rows of W].
+template <typename T, int TILES>
+__device__ inline void store_total(const LinearArgs &args, const Shared<float> &total) {
+    for (int i = threadIdx.x; i < TILES * TILE; i += blockDim.x) {
+        const uint32_t row = i / PANEL, lower = i % PANEL / 8, out = blockIdx.x * args.block_outs + i % 8;
+        if (row >= args.rows || (lower && args.lower != 8)) continue;
+        if (args.lower > 8) store_gated<T>(args, row, out, total[i], total[i + 8]);
+        else if (out + 8 * lower < args.outs) store_out<T>(args, row, out + 8 * lower, total[i]);
     }
 }
 
 // Block: a tensor-core tile's rows of W and 8 · TILES rows of x. Each warp takes every warps-th slice; after
-// each `slots` of them their sums are added to the total in the order of the slices.
+// each `slots` of them their sums are added to the total in the order of the slices. The slice after a warp's next
+// is on its way to the second cache: more might not stay there, and would be in front of x.
 template <typename T, int FORMAT, int TILES>
 __device__ void linear(const LinearArgs &args) {
     const uint32_t warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     const uint32_t slices = (args.cols + args.slice - 1) / args.slice;
-    const Panel<T, FORMAT> panel(args);
-    Stored<FORMAT> stored[STEP_CHUNKS];
-    load_step(stored, panel, warp * args.slice);
-    for (uint32_t slice = warp + warps; slice < slices; slice += warps) panel.prefetch(slice * args.slice);
+    Held<T, FORMAT> weights = {Panel<T, FORMAT>(args), {}};
+    weights.load(warp * args.slice);
+    weights.panel.prefetch((warp + warps) * args.slice);
     await_previous();
 
     SharedBytes memory;
@@ -159,8 +173,9 @@ __device__ void linear(const LinearArgs &args) {
     for (uint32_t round = 0; round < slices; round += args.slots) {
         const uint32_t count = min(slices - round, args.slots);
         for (; slice < round + count; slice += warps) {
+            weights.panel.prefetch((slice + 2 * warps) * args.slice);
             float sums[TILES][4] = {};
-            multiply_slice<T, FORMAT, TILES>(sums, stored, panel, x_rows, args, slice, slice + warps);
+            multiply_slice<T, FORMAT, TILES>(sums, weights, x_rows, args, slice, slice + warps);
             store_tiles<TILES>(partial, (slice - round) * TILES * TILE, sums);
         }
         __syncthreads();
@@ -171,22 +186,17 @@ __device__ void linear(const LinearArgs &args) {
         }
         __syncthreads();
     }
-    for (int i = threadIdx.x; i < TILES * TILE; i += blockDim.x) {
-        const uint32_t row = i / PANEL, lower = i % PANEL / 8, out = blockIdx.x * args.block_outs + i % 8;
-        if (row >= args.rows || (lower && args.lower != 8)) continue;
-        if (args.lower > 8) store_gated<T>(args, row, out, total[i], total[i + 8]);
-        else if (out + 8 * lower < args.outs) store_out<T>(args, row, out + 8 * lower, total[i]);
-    }
+    store_total<T, TILES>(args, total);
 }
 
-// Of each: rows of x in tiles, and blocks that a multiprocessor should have room for.
-#define LINEAR_KERNEL(T, name, FORMAT, tiles, blocks)                                       \
-    EAGER_KERNEL(linear_##T##_##name##_##tiles, LinearArgs, LINEAR_WARPS *WARP, blocks) {   \
+// Of each: rows of x in tiles, most warps, and blocks of so many that a multiprocessor should have room for.
+#define LINEAR_KERNEL(T, name, FORMAT, tiles, warps, blocks)                                \
+    EAGER_KERNEL(linear_##T##_##name##_##tiles, LinearArgs, (warps) * WARP, blocks) {       \
         linear<T, FORMAT, tiles>(args);                                                     \
     }
 #define LINEAR_KERNELS(T, name, FORMAT)                                                     \
-    LINEAR_KERNEL(T, name, FORMAT, 1, 2) LINEAR_KERNEL(T, name, FORMAT, 2, 2)               \
-    LINEAR_KERNEL(T, name, FORMAT, 4, 1) LINEAR_KERNEL(T, name, FORMAT, 8, 1)
+    LINEAR_KERNEL(T, name, FORMAT, 1, 14, 2) LINEAR_KERNEL(T, name, FORMAT, 2, 14, 2)       \
+    LINEAR_KERNEL(T, name, FORMAT, 4, 12, 1) LINEAR_KERNEL(T, name, FORMAT, 8, 12, 1)
 FOR_EACH_FORMAT(LINEAR_KERNELS)
 
 constexpr int EXACT_WARPS = 4;

@@ -57,6 +57,16 @@ struct RmsNormArgs {
 constexpr uint32_t KEPT = 8;  // numbers of a row that a thread holds, so that their loads are under way together
 constexpr uint32_t ROUND = KEPT * ROW_THREADS;
 
+// visit(which of the thread's numbers, its column), for those from `first` on.
+template <typename Visit>
+__device__ inline void each_kept(uint32_t first, uint32_t cols, const Visit &visit) {
+#pragma unroll
+    for (uint32_t j = 0; j < KEPT; j++) {
+        const uint32_t i = first + j * ROW_THREADS + threadIdx.x;
+        if (i < cols) visit(j, i);
+    }
+}
+
 // out = residual / sqrt(mean(residual²) + eps) · weight
 template <typename T>
 __device__ void add_rms_norm(const RmsNormArgs &args) {
@@ -66,23 +76,15 @@ __device__ void add_rms_norm(const RmsNormArgs &args) {
     T *out = static_cast<T *>(args.out) + start;
     float value[KEPT] = {}, weight[KEPT] = {};
     T added[KEPT] = {};
-    // visit(which of the thread's numbers, its column)
-    const auto each = [&](uint32_t first, const auto &visit) {
-#pragma unroll
-        for (uint32_t j = 0; j < KEPT; j++) {
-            const uint32_t i = first + j * ROW_THREADS + threadIdx.x;
-            if (i < args.cols) visit(j, i);
-        }
-    };
-    each(0, [&](uint32_t j, uint32_t i) { weight[j] = args.weight[i]; });
+    each_kept(0, args.cols, [&](uint32_t j, uint32_t i) { weight[j] = args.weight[i]; });
     await_previous();
     float squares = 0.0f;
     for (uint32_t first = 0; first < args.cols; first += ROUND) {
-        each(first, [&](uint32_t j, uint32_t i) {
+        each_kept(first, args.cols, [&](uint32_t j, uint32_t i) {
             value[j] = residual[i];
             if (args.x) added[j] = x[i];
         });
-        each(first, [&](uint32_t j, uint32_t i) {
+        each_kept(first, args.cols, [&](uint32_t j, uint32_t i) {
             if (args.x) {
                 value[j] += to_float(added[j]);
                 residual[i] = value[j];
@@ -94,12 +96,12 @@ __device__ void add_rms_norm(const RmsNormArgs &args) {
     const float scale = 1.0f / sqrtf(squares / float(args.cols) + args.eps);
     for (uint32_t first = 0; first < args.cols; first += ROUND) {
         if (args.cols > ROUND) {
-            each(first, [&](uint32_t j, uint32_t i) {
+            each_kept(first, args.cols, [&](uint32_t j, uint32_t i) {
                 value[j] = residual[i];
                 weight[j] = args.weight[i];
             });
         }
-        each(first, [&](uint32_t j, uint32_t i) { out[i] = from_float<T>(value[j] * scale * weight[j]); });
+        each_kept(first, args.cols, [&](uint32_t j, uint32_t i) { out[i] = from_float<T>(value[j] * scale * weight[j]); });
     }
 }
 
