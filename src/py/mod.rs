@@ -8,8 +8,10 @@ mod params;
 
 use pyo3::prelude::*;
 
+use crate::backend::Allocator;
+
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: Allocator = Allocator;
 
 /// The Rust core: token ids, numbers, paths and errors.
 #[pymodule(gil_used = false)]

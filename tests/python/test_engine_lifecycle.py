@@ -172,6 +172,26 @@ def test_closing_ends_running_requests(endless: Engine) -> None:
     endless.close()
 
 
+TWO_ENGINES = """
+import sys
+from astrai_rs import Engine, SamplingParams
+for _ in range(2):
+    with Engine(sys.argv[1], kv_cache_tokens=2**18) as engine:
+        engine.generate("Once", SamplingParams(max_tokens=2))
+        status = open("/proc/self/status").read()
+        print(int(status.partition("RssAnon:")[2].split()[0]) // 1024)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's account of the process")
+def test_the_cache_of_a_second_engine_takes_memory_only_as_it_fills() -> None:
+    with python("-c", TWO_ENGINES, MODEL) as process:
+        output, errors = process.communicate(timeout=LIMIT)
+    assert process.returncode == 0, errors
+    first, second = map(int, output.split())
+    assert second < first + 32, "MiB"
+
+
 async def test_closing_ends_async_streams(endless: Engine) -> None:
     stream = endless.astream("abc", ENDLESS)
     await anext(stream)
