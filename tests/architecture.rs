@@ -182,7 +182,7 @@ fn only_checkpoint_reads_files() {
 }
 
 #[test]
-fn unsafe_lives_only_in_kernels_memory_and_the_mmap() {
+fn unsafe_lives_only_in_kernels_and_the_mmap() {
     for (file, text) in sources() {
         let kernels = ["backend/cpu", "backend/cuda", "checkpoint/mmap"];
         if !kernels.iter().any(|kernel| file.starts_with(kernel)) {

@@ -6,7 +6,7 @@ use candle_core::{Device, Tensor};
 use half::vec::HalfBitsVecExt;
 use half::{bf16, f16};
 
-use super::cpu::{self, Cpu, Tier};
+use super::cpu::{self, Cpu, Tier, untouched_zeros};
 #[cfg(feature = "cuda")]
 use super::cuda::Cuda;
 use super::{Backend, F32, Heads, Kind, LayerKv, check};
@@ -138,14 +138,19 @@ impl Backend {
         if let Kind::Cuda(cuda) = &self.kind {
             return Ok(LayerKv { pages: cuda.zeros(shape)? });
         }
-        // Zeros of a primitive type come from the system untouched, those of `bf16` do not.
         let device = &self.device;
         let pages = match self.kv_dtype() {
-            F32 => Tensor::from_vec(vec![0f32; len], shape, device),
-            candle_core::DType::F16 => {
-                Tensor::from_vec(vec![0u16; len].reinterpret_into::<f16>(), shape, device)
-            }
-            _ => Tensor::from_vec(vec![0u16; len].reinterpret_into::<bf16>(), shape, device),
+            F32 => Tensor::from_vec(untouched_zeros::<f32>(len), shape, device),
+            candle_core::DType::F16 => Tensor::from_vec(
+                untouched_zeros::<u16>(len).reinterpret_into::<f16>(),
+                shape,
+                device,
+            ),
+            _ => Tensor::from_vec(
+                untouched_zeros::<u16>(len).reinterpret_into::<bf16>(),
+                shape,
+                device,
+            ),
         };
         Ok(LayerKv { pages: pages? })
     }

@@ -26,8 +26,6 @@ use crate::cache::block::BlockId;
 use crate::error::{Error, Result};
 use crate::spec::{Activation, QkNorm, RopePairing};
 use crate::weights::StoredTensor;
-#[cfg(feature = "python")]
-pub(crate) use cpu::Allocator;
 use cpu::Cpu;
 pub use device::CacheBudget;
 pub use draw::{DrawnTokens, PendingDraws};

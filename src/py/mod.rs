@@ -8,10 +8,8 @@ mod params;
 
 use pyo3::prelude::*;
 
-use crate::backend::Allocator;
-
 #[global_allocator]
-static ALLOCATOR: Allocator = Allocator;
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// The Rust core: token ids, numbers, paths and errors.
 #[pymodule(gil_used = false)]

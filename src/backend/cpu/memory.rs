@@ -148,6 +148,35 @@ pub(super) unsafe fn written_by(len: usize, fill: impl FnOnce(Shared<f32>)) -> V
     values
 }
 
+/// `len` zeros that take memory when they are first written, also where the allocator has the memory from before: it
+/// would write them.
+pub(crate) fn untouched_zeros<T: Zero>(len: usize) -> Vec<T> {
+    #[cfg(target_os = "linux")]
+    if len * size_of::<T>() >= 1 << 20 {
+        const PAGE: usize = 1 << 16; // the largest that Linux has
+        let mut zeros = Vec::<T>::with_capacity(len);
+        let block = zeros.as_mut_ptr().cast::<u8>();
+        let (start, bytes) = (block.align_offset(PAGE), len * size_of::<T>());
+        let end = start + (bytes - start) / PAGE * PAGE;
+        // SAFETY: the pages lie inside of the vector's own memory, which is anonymous and private: the system takes
+        // them back and gives zeros for them. What is before and behind them is written here, so all of it is zeros.
+        unsafe {
+            if libc::madvise(block.add(start).cast(), end - start, libc::MADV_DONTNEED) == 0 {
+                block.write_bytes(0, start);
+                block.add(end).write_bytes(0, bytes - end);
+                zeros.set_len(len);
+                return zeros;
+            }
+        }
+    }
+    vec![T::default(); len]
+}
+
+/// Numbers whose zero is all bits zero.
+pub(crate) trait Zero: Copy + Default {}
+impl Zero for f32 {}
+impl Zero for u16 {}
+
 /// Bytes that memory brings at once.
 pub(super) const CACHE_LINE: usize = 64;
 
@@ -159,5 +188,21 @@ pub(super) fn prefetch(at: *const u8) {
     // SAFETY: it never faults, and every x86-64 has it.
     unsafe {
         std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn zeros_are_zero_where_numbers_were() {
+        for len in [1 << 18, (1 << 19) + 12_345, 3 << 20] {
+            for _ in 0..3 {
+                let mut numbers = untouched_zeros::<u16>(len);
+                assert!(numbers.len() == len && numbers.iter().all(|&number| number == 0));
+                numbers.fill(7);
+            }
+        }
     }
 }

@@ -2,8 +2,6 @@
 //! tried, kept and dropped.
 #![allow(clippy::inline_always)] // A kernel only gets its CPU features by being inlined; see `tier`.
 
-#[cfg(feature = "python")]
-mod allocator;
 mod attention;
 mod attention_pages;
 mod attention_tile;
@@ -24,10 +22,9 @@ mod x86;
 
 use std::sync::Mutex;
 
-#[cfg(feature = "python")]
-pub(crate) use allocator::Allocator;
 pub(crate) use attention::{Attention, attention};
 pub(crate) use linear::linear;
+pub(crate) use memory::untouched_zeros;
 pub(crate) use memory_limit::memory_limit;
 pub(crate) use pack::{Packed, pack};
 pub(crate) use rope::{Rope, rope, write_pages};
