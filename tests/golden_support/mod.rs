@@ -87,13 +87,18 @@ fn logprob(row: &[f32], id: u32) -> f32 {
     (f64::from(row[id as usize]) - max - sum.ln()) as f32
 }
 
+/// Of all rows of all inputs.
+pub(crate) fn logits(golden: &Golden, runner: &mut Runner) -> Vec<f32> {
+    let starts = vec![0; golden.input_ids.len()];
+    step(runner, &golden.input_ids, &starts, LogitRows::All).values
+}
+
 /// Greatest difference of the logits, in parts of the greatest logit.
 pub(crate) fn logit_error(golden: &Golden, runner: &mut Runner) -> f32 {
-    let starts = vec![0; golden.input_ids.len()];
-    let logits = step(runner, &golden.input_ids, &starts, LogitRows::All);
-    assert_eq!(logits.values.len(), golden.logits.len());
+    let logits = logits(golden, runner);
+    assert_eq!(logits.len(), golden.logits.len());
     let scale = golden.logits.iter().fold(0.0f32, |m, x| m.max(x.abs()));
-    let pairs = logits.values.iter().zip(&golden.logits);
+    let pairs = logits.iter().zip(&golden.logits);
     pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / scale
 }
 

@@ -17,7 +17,7 @@ use super::source::Source;
 
 /// How far ahead weights are asked for, in bytes: further than the machine's own prefetcher goes, and past the end of
 /// the panel to the next.
-const AHEAD: usize = 1024;
+const PREFETCH_DISTANCE: usize = 1024;
 
 /// One panel times one group of rows.
 #[derive(Clone, Copy)]
@@ -77,6 +77,7 @@ impl PanelTask {
             // SAFETY: the panel holds `blocks` blocks, and `x` the steps of each.
             unsafe {
                 let scales = self.panel.add(block * block_bytes);
+                prefetch_ahead::<P, S, M>(scales, S::SCALES * PANEL * 2, first);
                 let groups = scales.add(S::SCALES * PANEL * 2);
                 let about = self.about.wrapping_add(block * if P::SCALED { 2 * M } else { M });
                 let mut part = array_of!(r < M => if S::SCALES == 0 {
@@ -134,6 +135,20 @@ impl PanelTask {
     }
 }
 
+/// Asks for as many bytes as are read at `from`; once for both tiles, and not for many rows, which take long.
+#[inline(always)]
+fn prefetch_ahead<P: Dot, S: Source<P>, const M: usize>(
+    from: *const u8,
+    bytes: usize,
+    first: usize,
+) {
+    if S::STREAMED && M <= 4 && first == 0 {
+        for line in (0..bytes).step_by(CACHE_LINE) {
+            prefetch(from.wrapping_add(PREFETCH_DISTANCE + line));
+        }
+    }
+}
+
 /// Adds the products of one group to `part`; returns the activations behind it.
 ///
 /// # Safety
@@ -147,11 +162,7 @@ unsafe fn multiply_group<P: Dot, S: Source<P>, const M: usize, const T: usize>(
 ) -> *const u32 {
     // SAFETY: the caller hands a whole group, and the activations of all its steps.
     unsafe {
-        if S::STREAMED && M <= 4 && first == 0 {
-            for line in (0..S::BYTES).step_by(CACHE_LINE) {
-                prefetch(group.wrapping_add(AHEAD + line));
-            }
-        }
+        prefetch_ahead::<P, S, M>(group, S::BYTES, first);
         let raw = array_of!(t < T => S::raw(group, first + t));
         if P::L::WIDE || M == 1 {
             // Written out, so that each step's shift is a constant.

@@ -267,9 +267,9 @@ fn multiply(cpu: &Cpu, weight: &Packed, groups: &[Group], x: &[Activations], out
     let tasks = (cpu.pool.threads() * 8).div_ceil(row_blocks.len().max(1));
     let chunk = panels.div_ceil(tasks).max(1);
     let chunks = panels.div_ceil(chunk);
-    // Weights lie in the order of the layers.
+    // Weights are packed in the order of the layers.
     if let Some(last) = weight.segments.last() {
-        cpu.pool.read_next(last.data.as_slice().as_ptr_range().end);
+        cpu.pool.prefetch_next(last.data.next());
     }
     cpu.pool.run(chunks * row_blocks.len(), &|index| {
         let groups = row_blocks[index % row_blocks.len()];

@@ -2,6 +2,7 @@
 #![allow(unsafe_code)] // Buffers that share a map, and writes to disjoint parts of one buffer.
 
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use memmap2::MmapMut;
@@ -25,6 +26,8 @@ pub(super) fn physical_memory() -> Option<usize> {
 pub(super) struct Arena {
     /// The piece in use, and how many of its bytes are.
     piece: Mutex<Option<(Arc<Piece>, usize)>>,
+    /// Where the buffer that was made last learns of the next.
+    last: Mutex<Arc<AtomicPtr<u8>>>,
 }
 
 struct Piece {
@@ -64,7 +67,10 @@ impl Arena {
         // SAFETY: the piece has `taken` bytes from `used` on.
         let start = unsafe { piece.start.add(used) };
         *current = Some((Arc::clone(&piece), used + taken));
-        Some(Buffer { start, len, _piece: piece })
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        last.store(start.as_ptr(), Ordering::Relaxed);
+        *last = Arc::default();
+        Some(Buffer { start, len, next: Arc::clone(&last), _piece: piece })
     }
 }
 
@@ -72,6 +78,7 @@ impl Arena {
 pub(super) struct Buffer {
     start: NonNull<u8>,
     len: usize,
+    next: Arc<AtomicPtr<u8>>,
     _piece: Arc<Piece>,
 }
 
@@ -81,6 +88,11 @@ unsafe impl Send for Buffer {}
 unsafe impl Sync for Buffer {}
 
 impl Buffer {
+    /// Where the buffer starts, or has started, that the arena made after this one; null without one.
+    pub(super) fn next(&self) -> *const u8 {
+        self.next.load(Ordering::Relaxed)
+    }
+
     pub(super) fn as_slice(&self) -> &[u8] {
         // SAFETY: `zeroed` gave these initialised bytes to this buffer alone.
         unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
@@ -153,15 +165,25 @@ pub(super) unsafe fn written_by(len: usize, fill: impl FnOnce(Shared<f32>)) -> V
 pub(crate) fn untouched_zeros<T: Zero>(len: usize) -> Vec<T> {
     #[cfg(target_os = "linux")]
     if len * size_of::<T>() >= 1 << 20 {
-        const PAGE: usize = 1 << 16; // the largest that Linux has
+        const PAGE: usize = 1 << 16; // the largest of the machines that we build for
+        const HUGE: usize = 2 << 20;
         let mut zeros = Vec::<T>::with_capacity(len);
         let block = zeros.as_mut_ptr().cast::<u8>();
-        let (start, bytes) = (block.align_offset(PAGE), len * size_of::<T>());
+        let (mut start, bytes) = (block.align_offset(PAGE), len * size_of::<T>());
+        if (block.addr() + start).is_multiple_of(HUGE) {
+            start += PAGE; // inside of a huge page that the process has asked for: the system refuses, and need not be trusted
+        }
         let end = start + (bytes - start) / PAGE * PAGE;
         // SAFETY: the pages lie inside of the vector's own memory, which is anonymous and private: the system takes
-        // them back and gives zeros for them. What is before and behind them is written here, so all of it is zeros.
+        // them back and gives zeros for them, unless it is an emulated one that does nothing, which the first page
+        // and the last byte tell. What is before and behind them is written here, so all of it is zeros.
         unsafe {
-            if libc::madvise(block.add(start).cast(), end - start, libc::MADV_DONTNEED) == 0 {
+            let ends = [block.add(start), block.add(end - 1)];
+            ends[0].write_volatile(1);
+            ends[1].write_volatile(1);
+            if libc::madvise(block.add(start).cast(), end - start, libc::MADV_DONTNEED) == 0
+                && ends[0].read_volatile() + ends[1].read_volatile() == 0
+            {
                 block.write_bytes(0, start);
                 block.add(end).write_bytes(0, bytes - end);
                 zeros.set_len(len);
@@ -172,10 +194,15 @@ pub(crate) fn untouched_zeros<T: Zero>(len: usize) -> Vec<T> {
     vec![T::default(); len]
 }
 
-/// Numbers whose zero is all bits zero.
-pub(crate) trait Zero: Copy + Default {}
-impl Zero for f32 {}
-impl Zero for u16 {}
+/// Numbers whose default is zero.
+///
+/// # Safety
+/// All bits zero is a value of the type, and its default.
+pub(crate) unsafe trait Zero: Copy + Default {}
+// SAFETY: IEEE 754 has it so.
+unsafe impl Zero for f32 {}
+// SAFETY: an integer.
+unsafe impl Zero for u16 {}
 
 /// Bytes that memory brings at once.
 pub(super) const CACHE_LINE: usize = 64;
@@ -197,7 +224,7 @@ mod tests {
 
     #[test]
     fn zeros_are_zero_where_numbers_were() {
-        for len in [1 << 18, (1 << 19) + 12_345, 3 << 20] {
+        for len in [1 << 19, (1 << 19) + 12_345, 3 << 20] {
             for _ in 0..3 {
                 let mut numbers = untouched_zeros::<u16>(len);
                 assert!(numbers.len() == len && numbers.iter().all(|&number| number == 0));

@@ -14,11 +14,12 @@ use std::thread::JoinHandle;
 
 use super::memory::{CACHE_LINE, prefetch};
 
-/// Rounds that a worker waits for the next job before it parks; about 40 µs.
+/// Rounds that a worker waits for the next job before it parks; about 40 µs, and what it prefetches.
 const SPINS: u32 = 2000;
 
-/// Bytes that each waiting worker fetches of what is read next: a part of its second-level cache.
-const FETCH_BYTES: usize = 128 << 10;
+/// Most bytes that a waiting worker prefetches of the next weights, a part of its second-level cache, and most of all.
+const PREFETCH_BYTES: usize = 128 << 10;
+const PREFETCH_BYTES_OF_ALL: usize = 512 << 10;
 
 /// Low half of the gate: how many workers are inside the job.
 const INSIDE: u64 = 0x3fff_ffff;
@@ -48,8 +49,8 @@ struct Shared {
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     parked: Vec<AtomicBool>,
     spins: u32,
-    /// Where weights are read next.
-    next: AtomicPtr<u8>,
+    /// Where the next weights start, or null.
+    next_weights: AtomicPtr<u8>,
 }
 
 #[derive(Clone, Copy)]
@@ -76,7 +77,7 @@ impl Pool {
             panic: Mutex::new(None),
             parked: (1..threads).map(|_| AtomicBool::new(false)).collect(),
             spins: if threads > cpus { 0 } else { SPINS },
-            next: AtomicPtr::default(),
+            next_weights: AtomicPtr::default(),
         });
         let mut pool = Self { shared, workers: Vec::new(), submit: Mutex::new(()) };
         for index in 0..threads.saturating_sub(1) {
@@ -114,10 +115,10 @@ impl Pool {
         }
     }
 
-    /// A hint: after the job that comes, memory from `next` on is read. Waiting workers fetch it to their caches, so
+    /// A hint: after the job that comes, weights are read from `next` on. Waiting workers prefetch them, so
     /// that the memory is not idle while ops are too small for several threads. Nothing need be there.
-    pub(super) fn read_next(&self, next: *const u8) {
-        self.shared.next.store(next.cast_mut(), Ordering::Relaxed);
+    pub(super) fn prefetch_next(&self, next: *const u8) {
+        self.shared.next_weights.store(next.cast_mut(), Ordering::Relaxed);
     }
 
     fn start(&self, job: Job) {
@@ -169,9 +170,11 @@ impl Shared {
     }
 
     fn work(&self, index: usize) {
-        let (mut seen, mut fetch) = (0, Fetch::default());
+        let part = PREFETCH_BYTES.min(PREFETCH_BYTES_OF_ALL / self.parked.len());
+        let mut prefetcher = Prefetcher { next: 0, start: index * part, left: 0, part };
+        let mut seen = 0;
         loop {
-            let gate = self.await_job(index, seen, &mut fetch);
+            let gate = self.await_job(index, seen, &mut prefetcher);
             if gate & SHUTDOWN != 0 {
                 return;
             }
@@ -192,7 +195,7 @@ impl Shared {
     }
 
     /// Waits for an open job other than `seen`, or for the shutdown; returns the gate.
-    fn await_job(&self, index: usize, seen: u64, fetch: &mut Fetch) -> u64 {
+    fn await_job(&self, index: usize, seen: u64, prefetcher: &mut Prefetcher) -> u64 {
         let news = |order| {
             let gate = self.gate.load(order);
             let open = gate & OPEN != 0 && gate / EPOCH != seen;
@@ -203,7 +206,7 @@ impl Shared {
                 if let Some(gate) = news(Ordering::Acquire) {
                     return gate;
                 }
-                fetch.go_on(self.next.load(Ordering::Relaxed), index);
+                prefetcher.advance(self.next_weights.load(Ordering::Relaxed));
                 std::hint::spin_loop();
             }
             self.parked[index].store(true, Ordering::SeqCst);
@@ -221,25 +224,25 @@ impl Shared {
     }
 }
 
-/// How far a waiting worker has come with its part of what is read next.
-#[derive(Default)]
-struct Fetch {
+/// How far a waiting worker has come with its part of the next weights.
+struct Prefetcher {
+    /// Address of the weights.
     next: usize,
-    done: usize,
+    /// Bytes from there to where the part starts, bytes of it that are left, and all of it.
+    start: usize,
+    left: usize,
+    part: usize,
 }
 
-impl Fetch {
+impl Prefetcher {
     /// Asks for a few more cache lines.
-    fn go_on(&mut self, next: *const u8, index: usize) {
+    fn advance(&mut self, next: *const u8) {
         if next.addr() != self.next {
-            *self = Self { next: next.addr(), done: 0 };
+            (self.next, self.left) = (next.addr(), if next.is_null() { 0 } else { self.part });
         }
-        if self.next == 0 || self.done == FETCH_BYTES {
-            return;
-        }
-        for _ in 0..4 {
-            prefetch(next.wrapping_add(index * FETCH_BYTES + self.done));
-            self.done += CACHE_LINE;
+        for _ in 0..4.min(self.left / CACHE_LINE) {
+            prefetch(next.wrapping_add(self.start + self.part - self.left));
+            self.left -= CACHE_LINE;
         }
     }
 }
@@ -306,6 +309,20 @@ mod tests {
             }
         });
         assert_eq!(sum.into_inner(), 4 * 50 * 3);
+    }
+
+    #[test]
+    fn nothing_need_be_where_weights_are_said_to_be() {
+        let pool = Pool::new(3).expect("threads start");
+        for address in [usize::MAX - 100, 0, 1 << 40] {
+            pool.prefetch_next(std::ptr::without_provenance(address));
+            std::thread::sleep(std::time::Duration::from_micros(20));
+            let sum = AtomicUsize::new(0);
+            pool.run(64, &|_| {
+                sum.fetch_add(1, Ordering::Relaxed);
+            });
+            assert_eq!(sum.into_inner(), 64);
+        }
     }
 
     #[test]
