@@ -171,12 +171,13 @@ pub(crate) fn untouched_zeros<T: Zero>(len: usize) -> Vec<T> {
         let block = zeros.as_mut_ptr().cast::<u8>();
         let (mut start, bytes) = (block.align_offset(PAGE), len * size_of::<T>());
         if (block.addr() + start).is_multiple_of(HUGE) {
-            start += PAGE; // inside of a huge page that the process has asked for: the system refuses, and need not be trusted
+            // Where the process has huge pages of its own, the system keeps parts of them unless it refuses.
+            start += PAGE;
         }
         let end = start + (bytes - start) / PAGE * PAGE;
         // SAFETY: the pages lie inside of the vector's own memory, which is anonymous and private: the system takes
-        // them back and gives zeros for them, unless it is an emulated one that does nothing, which the first page
-        // and the last byte tell. What is before and behind them is written here, so all of it is zeros.
+        // them back and gives zeros for them, unless it is an emulated one that does nothing, which the first and
+        // the last byte tell. What is before and behind them is written here, so all of it is zeros.
         unsafe {
             let ends = [block.add(start), block.add(end - 1)];
             ends[0].write_volatile(1);
