@@ -28,7 +28,7 @@ pub(super) const TILE: usize = 4 * BLOCK_SIZE;
 /// Tokens of a span.
 const SPAN: usize = 8 * TILE;
 /// Queries (rows times heads) of a task: enough to pay for widening the keys and values.
-const QUERIES: usize = 96;
+const QUERIES: usize = 192;
 
 /// The inputs of one call.
 pub(crate) struct Attention<'a, E> {
@@ -161,7 +161,7 @@ impl<E: Element> Attention<'_, E> {
     /// The task's queries, times the scale, in blocks that are computed together.
     #[inline(always)]
     fn blocks<P: Product>(&self, task: &Task<'_>) -> Vec<Block> {
-        let sizes: &[usize] = if P::L::WIDE { &[1, 2, 4, 8] } else { &[1, 2, 3, 4] };
+        let sizes: &[usize] = if P::L::WIDE { &[1, 2, 4, 8] } else { &[1, 2, 3, 4, 6] };
         let full = sizes[sizes.len() - 1];
         let (dim, group) = (self.heads.head_dim, self.group());
         let queries = task.rows.len() * group;

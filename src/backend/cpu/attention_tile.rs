@@ -122,7 +122,8 @@ impl State {
             (false, 1) => self.update_block::<P, D, 1, 1>(block, tile, tokens),
             (false, 2) => self.update_block::<P, D, 2, 1>(block, tile, tokens),
             (false, 3) => self.update_block::<P, D, 3, 1>(block, tile, tokens),
-            (false, _) => self.update_block::<P, D, 4, 1>(block, tile, tokens),
+            (false, 4) => self.update_block::<P, D, 4, 1>(block, tile, tokens),
+            (false, _) => self.update_block::<P, D, 6, 1>(block, tile, tokens),
         }
     }
 
@@ -139,15 +140,15 @@ impl State {
             let keys = array_of!(t < T => tile.pages[(page + t).min(pages.1 - 1)].0);
             score_pages::<P, D, M, T>(&block.queries, keys, page * BLOCK_SIZE, &mut scores);
         }
-        let mut decay = [1.0; M];
-        for slot in 0..M {
-            let masks = Masks { seen: block.seen[slot], start: tile.start, pages };
-            let slot_state = (
-                &mut self.greatest[block.first + slot],
-                &mut self.sums[(block.first + slot) * LANES..],
-            );
-            decay[slot] = masks.softmax::<P::L>(&mut scores[slot], slot_state);
-            P::pack(scores[slot].as_chunks_mut::<32>().0);
+        let slots = block.first..block.first + M;
+        let decay = softmax::<P::L, M>(
+            &mut scores,
+            &std::array::from_fn(|slot| Masks { seen: block.seen[slot], start: tile.start, pages }),
+            &mut self.greatest[slots.clone()],
+            &mut self.sums[slots.start * LANES..slots.end * LANES],
+        );
+        for scores in &mut scores {
+            P::pack(scores.as_chunks_mut::<32>().0);
         }
         let outputs = &mut self.outputs[block.first * self.padded..][..M * self.padded];
         for d in (0..self.padded).step_by(T * LANES) {
@@ -249,47 +250,97 @@ impl Masks {
         Self::of(self.start + index * BLOCK_SIZE, self.seen.0, self.seen.1)
     }
 
-    /// Turns the scores of a query into weights and updates its greatest score and sums; returns the
-    /// factor that the earlier outputs still have to be multiplied with.
+    /// First position of the pages, and the first behind them.
+    fn bounds(&self) -> (usize, usize) {
+        (self.start + self.pages.0 * BLOCK_SIZE, self.start + self.pages.1 * BLOCK_SIZE)
+    }
+
+    /// Whether the query sees a position of the pages; that of an empty slot sees none.
+    fn sees_any(&self) -> bool {
+        let (start, end) = self.bounds();
+        self.seen.0 < end && self.seen.1 >= start
+    }
+
+    fn sees_all(&self) -> bool {
+        let (start, end) = self.bounds();
+        self.seen.0 <= start && self.seen.1 + 1 >= end
+    }
+
+    /// The greatest score that the query sees; `ALL`: it sees all.
     #[inline(always)]
-    fn softmax<L: Lanes>(
-        &self,
-        scores: &mut [f32; SCORES],
-        (greatest, sums): (&mut f32, &mut [f32]),
-    ) -> f32 {
+    fn greatest<L: Lanes, const ALL: bool>(&self, scores: &[f32; SCORES]) -> f32 {
         let none = L::splat(f32::NEG_INFINITY);
         let mut top = none;
-        let mut any = 0;
         for page in self.pages.0..self.pages.1 {
             // SAFETY: a page has 16 scores.
             let score = unsafe { L::load(scores[page * LANES..][..LANES].as_ptr()) };
-            any |= self.page(page);
-            top = top.max(score.select(self.page(page), none));
+            top = top.max(if ALL { score } else { score.select(self.page(page), none) });
         }
-        if any == 0 {
-            scores.fill(0.0);
-            return 1.0;
-        }
-        let before = *greatest;
-        *greatest = before.max(top.greatest());
-        let mut decay = [0.0; LANES];
+        top.greatest()
+    }
+
+    /// Turns scores into weights, and adds them to `sums`, which fade before.
+    #[inline(always)]
+    fn weigh<L: Lanes, const ALL: bool>(
+        &self,
+        scores: &mut [f32; SCORES],
+        sums: &mut [f32],
+        (greatest, decay): (f32, f32),
+    ) {
         let sums: &mut [f32] = &mut sums[..LANES];
         // SAFETY: all are 16 values.
         unsafe {
-            let factor = L::splat(before - *greatest).exp();
-            factor.store(decay.as_mut_ptr());
-            let mut sum = L::load(sums.as_ptr()).mul(factor);
+            let mut sum = L::load(sums.as_ptr()).mul(L::splat(decay));
             for page in self.pages.0..self.pages.1 {
                 let scores = &mut scores[page * LANES..][..LANES];
-                let weight = L::load(scores.as_ptr()).sub(L::splat(*greatest)).exp();
-                let weight = weight.select(self.page(page), L::splat(0.0));
+                let mut weight = L::load(scores.as_ptr()).sub(L::splat(greatest)).exp();
+                if !ALL {
+                    weight = weight.select(self.page(page), L::splat(0.0));
+                }
                 weight.store(scores.as_mut_ptr());
                 sum = sum.add(weight);
             }
             sum.store(sums.as_mut_ptr());
         }
-        decay[0]
     }
+}
+
+/// Turns the scores of a block's queries into weights and updates their greatest scores and sums;
+/// returns the factors that the earlier outputs still have to be multiplied with.
+#[inline(always)]
+fn softmax<L: Lanes, const M: usize>(
+    scores: &mut [[f32; SCORES]; M],
+    masks: &[Masks; M],
+    greatest: &mut [f32],
+    sums: &mut [f32],
+) -> [f32; M] {
+    let mut changes = [0.0; LANES];
+    for slot in 0..M {
+        if masks[slot].sees_any() {
+            let top = if masks[slot].sees_all() {
+                masks[slot].greatest::<L, true>(&scores[slot])
+            } else {
+                masks[slot].greatest::<L, false>(&scores[slot])
+            };
+            let before = greatest[slot];
+            greatest[slot] = before.max(top);
+            changes[slot] = before - greatest[slot];
+        }
+    }
+    // SAFETY: 16 values.
+    unsafe { L::load(changes.as_ptr()).exp().store(changes.as_mut_ptr()) };
+    for slot in 0..M {
+        let (scores, sums) = (&mut scores[slot], &mut sums[slot * LANES..]);
+        let scale = (greatest[slot], changes[slot]);
+        if !masks[slot].sees_any() {
+            scores.fill(0.0);
+        } else if masks[slot].sees_all() {
+            masks[slot].weigh::<L, true>(scores, sums, scale);
+        } else {
+            masks[slot].weigh::<L, false>(scores, sums, scale);
+        }
+    }
+    std::array::from_fn(|slot| changes[slot])
 }
 
 /// `outputs[..][d..] = outputs * decay + weights · values` for `T` vectors of dimensions. Weights are

@@ -55,14 +55,15 @@ impl PanelTask {
     pub(super) unsafe fn run<P: Dot, S: Source<P>>(self, m: usize, first: usize) {
         // SAFETY: the caller's contract.
         unsafe {
-            match (Self::tiles_at_once::<P, S>(m), m) {
-                (_, 1) => self.tiles::<P, S, 1, 2>(first),
-                (2, 2) => self.tiles::<P, S, 2, 2>(first),
-                (2, 4) => self.tiles::<P, S, 4, 2>(first),
-                (2, _) => self.tiles::<P, S, 8, 2>(first),
-                (_, 2) => self.tiles::<P, S, 2, 1>(first),
-                (_, 4) => self.tiles::<P, S, 4, 1>(first),
-                _ => self.tiles::<P, S, 8, 1>(first),
+            match (P::L::WIDE, Self::tiles_at_once::<P, S>(m), m) {
+                (.., 1) => self.tiles::<P, S, 1, 2>(first),
+                (true, 2, 2) => self.tiles::<P, S, 2, 2>(first),
+                (true, 2, 4) => self.tiles::<P, S, 4, 2>(first),
+                (true, 2, _) => self.tiles::<P, S, 8, 2>(first),
+                (_, _, 2) => self.tiles::<P, S, 2, 1>(first),
+                (_, _, 4) => self.tiles::<P, S, 4, 1>(first),
+                (true, ..) => self.tiles::<P, S, 8, 1>(first),
+                (false, ..) => self.tiles::<P, S, 6, 1>(first),
             }
         }
     }

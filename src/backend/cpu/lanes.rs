@@ -35,8 +35,8 @@ pub(crate) trait Lanes: Copy + 'static {
     /// Sixteen 32-bit words.
     type Bits: Copy;
 
-    /// Whether the register file carries two vectors side by side for up to 8 rows (or else one
-    /// for up to 4: six spill).
+    /// Whether the register file carries two vectors side by side for up to 8 rows, or else one for up
+    /// to 6.
     const WIDE: bool;
 
     fn splat(x: f32) -> Self;
@@ -72,7 +72,7 @@ pub(crate) trait Lanes: Copy + 'static {
     fn max(self, other: Self) -> Self;
     /// The lesser lane; `other` when one is NaN.
     fn min(self, other: Self) -> Self;
-    /// `self * 2^n` for integral `n` in `-126..=127`.
+    /// `self * 2^n` for integral `n` in `-126..=127`, where `self` and the product are normal numbers.
     fn scale_by_power(self, n: Self) -> Self;
     /// Lane `i` of `self` where bit `i` of `mask` is set, of `other` elsewhere.
     fn select(self, mask: u16, other: Self) -> Self;

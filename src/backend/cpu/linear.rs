@@ -15,18 +15,19 @@ use super::product::{Dot, Exact, ProductKernel, run};
 #[cfg(target_arch = "x86_64")]
 use super::product::{IntegerDot, PairProduct};
 #[cfg(target_arch = "x86_64")]
-use super::source::{BytePairs, DensePairs, Expanded};
-use super::source::{Nibbles, Plain, Source};
+use super::source::{BytePairs, DensePairs};
+use super::source::{Expanded, Nibbles, Plain, Source};
 #[cfg(target_arch = "x86_64")]
-use super::x86::{Avx2, Avx512, Integers, PairWords, Pairs};
+use super::x86::{Avx2, Avx512, Integers, Pairs};
 use super::{Arithmetic, Cpu};
 use crate::weights::Encoding;
 
-/// Activations that a block of rows may take; it stays in the second-level cache with a panel.
-const ROW_BLOCK_BYTES: usize = 256 << 10;
+/// Activations that a block of rows should take, to stay near with a panel; and groups that it has at least, to
+/// share what it takes to unpack one.
+const ROW_BLOCK_BYTES: usize = 512 << 10;
+const ROW_BLOCK_GROUPS: usize = 16;
 
-/// Groups of rows from which on quantised panels are unpacked before they are multiplied.
-#[cfg(target_arch = "x86_64")]
+/// Groups of rows from which on panels are unpacked before they are multiplied.
 const EXPAND_FROM: usize = 3;
 
 /// `x · Wᵀ + bias` for `x`: `[rows, cols]` → `[rows, W.rows]`.
@@ -56,7 +57,7 @@ struct Group {
 
 /// Cuts `rows` into full groups and a last one of the smallest size that fits.
 fn groups(rows: usize, wide: bool) -> Vec<Group> {
-    let sizes: &[usize] = if wide { &[1, 2, 4, 8] } else { &[1, 2, 4] };
+    let sizes: &[usize] = if wide { &[1, 2, 4, 8] } else { &[1, 2, 4, 6] };
     let full = sizes[sizes.len() - 1];
     (0..rows)
         .step_by(full)
@@ -261,7 +262,7 @@ impl ProductKernel for PackGroup<'_> {
 fn multiply(cpu: &Cpu, weight: &Packed, groups: &[Group], x: &[Activations], out: Shared<f32>) {
     let row_bytes = weight.cols.max(1)
         * if x.iter().any(|x| x.arithmetic == Arithmetic::Exact) { 4 } else { 2 };
-    let block = (ROW_BLOCK_BYTES / (row_bytes * 8)).max(1);
+    let block = (ROW_BLOCK_BYTES / (row_bytes * 8)).max(ROW_BLOCK_GROUPS);
     let row_blocks: Vec<_> = groups.chunks(block).collect();
     let panels: usize = weight.segments.iter().map(Segment::panels).sum();
     let tasks = (cpu.pool.threads() * 8).div_ceil(row_blocks.len().max(1));
@@ -311,11 +312,11 @@ impl ProductKernel for Panels<'_> {
     fn exact<L: Lanes>(self) {
         match self.segment.encoding {
             Encoding::F32 => self.each::<Exact<L>, Plain<f32, 0, 1>>(),
-            Encoding::F16 => self.each::<Exact<L>, Plain<f16, 0, 1>>(),
-            Encoding::BF16 => self.each::<Exact<L>, Plain<bf16, 0, 1>>(),
-            Encoding::Q4_0 => self.each::<Exact<L>, Nibbles<8>>(),
-            Encoding::Q4_1 => self.each::<Exact<L>, Nibbles<0>>(),
-            Encoding::Q8_0 => self.each::<Exact<L>, Plain<i8, 1, 4>>(),
+            Encoding::F16 => self.expanded::<Exact<L>, Plain<f16, 0, 1>>(),
+            Encoding::BF16 => self.expanded::<Exact<L>, Plain<bf16, 0, 1>>(),
+            Encoding::Q4_0 => self.expanded::<Exact<L>, Nibbles<8>>(),
+            Encoding::Q4_1 => self.expanded::<Exact<L>, Nibbles<0>>(),
+            Encoding::Q8_0 => self.expanded::<Exact<L>, Plain<i8, 1, 4>>(),
         }
     }
 
@@ -324,9 +325,9 @@ impl ProductKernel for Panels<'_> {
     fn pairs(self) {
         match self.segment.encoding {
             Encoding::BF16 => self.each::<PairProduct, DensePairs>(),
-            Encoding::Q4_0 => self.quantised::<PairProduct, Nibbles<8>, 1, 0>(),
-            Encoding::Q4_1 => self.quantised::<PairProduct, Nibbles<0>, 2, 0>(),
-            Encoding::Q8_0 => self.quantised::<PairProduct, BytePairs, 1, 0>(),
+            Encoding::Q4_0 => self.expanded::<PairProduct, Nibbles<8>>(),
+            Encoding::Q4_1 => self.expanded::<PairProduct, Nibbles<0>>(),
+            Encoding::Q8_0 => self.expanded::<PairProduct, BytePairs>(),
             Encoding::F32 | Encoding::F16 => {
                 unreachable!("`Cpu::arithmetic` computes f32 and f16 weights exactly")
             }
@@ -337,9 +338,9 @@ impl ProductKernel for Panels<'_> {
     #[inline(always)]
     fn integers(self) {
         match self.segment.encoding {
-            Encoding::Q4_0 => self.quantised::<IntegerDot, Nibbles<8>, 1, 8>(),
-            Encoding::Q4_1 => self.quantised::<IntegerDot, Nibbles<0>, 2, 0>(),
-            Encoding::Q8_0 => self.quantised::<IntegerDot, BytePairs, 1, 0>(),
+            Encoding::Q4_0 => self.expanded::<IntegerDot, Nibbles<8>>(),
+            Encoding::Q4_1 => self.expanded::<IntegerDot, Nibbles<0>>(),
+            Encoding::Q8_0 => self.expanded::<IntegerDot, BytePairs>(),
             Encoding::F32 | Encoding::F16 | Encoding::BF16 => {
                 unreachable!("only quantised numbers are integers")
             }
@@ -357,26 +358,22 @@ impl Panels<'_> {
     }
 
     /// Unpacks each panel first where enough groups of rows share it; the sums are the same.
-    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
-    fn quantised<P, S: Source<P>, const SCALES: usize, const OFFSET: usize>(self)
-    where
-        P: Dot<Weights: PairWords>,
-    {
+    fn expanded<P: Dot, S: Source<P>>(self) {
         if self.groups.len() < EXPAND_FROM {
             return self.each::<P, S>();
         }
         let blocks = self.blocks();
         let spare = || self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
         let mut expanded = spare().pop().unwrap_or_default();
-        expanded.resize(blocks * Expanded::<SCALES, OFFSET>::BLOCK / size_of::<u32>(), 0);
+        expanded.resize(blocks * Expanded::<S>::block_bytes::<P>() / size_of::<u32>(), 0);
         for panel in self.range.clone() {
             let bytes = self.segment.panel(panel);
             // SAFETY: the panel holds all blocks by `Segment::stride`, and `expanded` has room for them.
             unsafe {
                 let to = expanded.as_mut_ptr().cast();
-                Expanded::<SCALES, OFFSET>::expand::<P, S>(bytes.as_ptr(), blocks, to);
-                self.panel::<P, Expanded<SCALES, OFFSET>>(panel, to);
+                Expanded::<S>::expand::<P>(bytes.as_ptr(), blocks, to);
+                self.panel::<P, Expanded<S>>(panel, to);
             }
         }
         spare().push(expanded);

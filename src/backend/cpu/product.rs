@@ -10,7 +10,7 @@ use super::lanes::LANES;
 use super::lanes::Lanes;
 use super::tier::{Kernel, Tier};
 #[cfg(target_arch = "x86_64")]
-use super::x86::{Avx2, Avx512, Integers, Pairs};
+use super::x86::{Avx2, Avx512, Integers, PairWords, Pairs};
 
 /// How weights and activations multiply. Activations are 32-bit words, one per step.
 pub(super) trait Product {
@@ -25,6 +25,12 @@ pub(super) trait Product {
     /// # Safety
     /// `p` is valid for a read.
     unsafe fn broadcast(p: *const u32) -> Self::X;
+    /// # Safety
+    /// `p` is valid for reads of 64 bytes.
+    unsafe fn load(p: *const u8) -> Self::Weights;
+    /// # Safety
+    /// `p` is valid for writes of 64 bytes.
+    unsafe fn store(weights: Self::Weights, p: *mut u8);
     fn multiply(weights: Self::Weights, x: Self::X, sum: Self::L) -> Self::L;
     /// Words whose sum stands for a number where rounding to one is too coarse.
     const PARTS: usize;
@@ -47,6 +53,16 @@ impl<L: Lanes> Product for Exact<L> {
     unsafe fn broadcast(p: *const u32) -> L {
         // SAFETY: the caller's contract.
         L::splat(f32::from_bits(unsafe { *p }))
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const u8) -> L {
+        // SAFETY: the caller's contract.
+        unsafe { L::load(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn store(weights: L, p: *mut u8) {
+        // SAFETY: the caller's contract.
+        unsafe { weights.store(p.cast()) }
     }
     #[inline(always)]
     fn multiply(weights: L, x: L, sum: L) -> L {
@@ -74,6 +90,16 @@ impl Product for PairProduct {
     unsafe fn broadcast(p: *const u32) -> Pairs {
         // SAFETY: the caller's contract.
         unsafe { Pairs::broadcast(p) }
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const u8) -> Pairs {
+        // SAFETY: the caller's contract.
+        unsafe { Pairs::load(p) }
+    }
+    #[inline(always)]
+    unsafe fn store(weights: Pairs, p: *mut u8) {
+        // SAFETY: the caller's contract.
+        unsafe { weights.store(p) }
     }
     #[inline(always)]
     fn multiply(weights: Pairs, x: Pairs, sum: Avx512) -> Avx512 {
@@ -118,6 +144,12 @@ pub(super) trait Dot {
     /// # Safety
     /// `p` is valid for a read.
     unsafe fn broadcast(p: *const u32) -> Self::X;
+    /// # Safety
+    /// `p` is valid for reads of 64 bytes.
+    unsafe fn load(p: *const u8) -> Self::Weights;
+    /// # Safety
+    /// `p` is valid for writes of 64 bytes.
+    unsafe fn store(weights: Self::Weights, p: *mut u8);
     fn multiply(weights: Self::Weights, x: Self::X, sum: Self::Sum) -> Self::Sum;
     /// What the sum of a block starts with, for weights that are stored plus `offset` and activations
     /// whose sum is `sum`.
@@ -139,6 +171,16 @@ impl<P: Product> Dot for P {
     unsafe fn broadcast(p: *const u32) -> P::X {
         // SAFETY: the caller's contract.
         unsafe { P::broadcast(p) }
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const u8) -> P::Weights {
+        // SAFETY: the caller's contract.
+        unsafe { P::load(p) }
+    }
+    #[inline(always)]
+    unsafe fn store(weights: P::Weights, p: *mut u8) {
+        // SAFETY: the caller's contract.
+        unsafe { P::store(weights, p) }
     }
     #[inline(always)]
     fn multiply(weights: P::Weights, x: P::X, sum: P::L) -> P::L {
@@ -177,13 +219,23 @@ impl Dot for IntegerDot {
         Integers::splat(unsafe { p.read() }.cast_signed())
     }
     #[inline(always)]
+    unsafe fn load(p: *const u8) -> Integers {
+        // SAFETY: the caller's contract.
+        unsafe { Integers::load(p) }
+    }
+    #[inline(always)]
+    unsafe fn store(weights: Integers, p: *mut u8) {
+        // SAFETY: the caller's contract.
+        unsafe { weights.store(p) }
+    }
+    #[inline(always)]
     fn multiply(weights: Integers, x: Integers, sum: Integers) -> Integers {
         weights.dot(x, sum)
     }
     #[inline(always)]
     fn start(sum: f32, offset: i32) -> Integers {
-        // Of 32 integers within ±32767 an f32 holds the sum exactly.
-        Integers::splat(-(offset * sum as i32))
+        // Of 32 integers within ±32767 an f32 holds eight times the sum exactly.
+        Integers::from_numbers(Avx2::splat(sum * -(offset as f32)))
     }
     #[inline(always)]
     fn resume(_: Avx2) -> Integers {

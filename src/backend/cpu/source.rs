@@ -11,6 +11,9 @@ use super::product::{IntegerDot, PairProduct};
 #[cfg(target_arch = "x86_64")]
 use super::x86::{Integers, PairWords, Pairs};
 
+/// Bytes of [`Dot::Weights`] in memory.
+const WEIGHTS_BYTES: usize = 4 * LANES;
+
 /// How the weights of a panel are read (see [`super::pack`] for the layout).
 pub(super) trait Source<P: Dot> {
     /// What is loaded once for all steps of a group.
@@ -123,10 +126,6 @@ impl<const OFFSET: usize> Source<IntegerDot> for Nibbles<OFFSET> {
     }
 }
 
-/// Bytes of a group of [`DensePairs`]: four pairs of each row.
-#[cfg(target_arch = "x86_64")]
-const DENSE_GROUP_BYTES: usize = PANEL * 16;
-
 /// Pairs of bf16.
 #[cfg(target_arch = "x86_64")]
 pub(super) struct DensePairs;
@@ -137,7 +136,7 @@ impl Source<PairProduct> for DensePairs {
     const SCALES: usize = 0;
     const GROUPS: usize = 1;
     const STEPS: usize = 4;
-    const BYTES: usize = DENSE_GROUP_BYTES;
+    const BYTES: usize = PANEL * 16;
 
     #[inline(always)]
     unsafe fn raw(group: *const u8, tile: usize) -> *const u8 {
@@ -173,68 +172,69 @@ impl<P: Dot<Weights: PairWords>> Source<P> for BytePairs {
     }
 }
 
-/// A panel of another source with its numbers as pairs of 16 bits: for many rows, so that the numbers are
-/// unpacked once. `OFFSET` is what they are stored plus still.
-#[cfg(target_arch = "x86_64")]
-pub(super) struct Expanded<const SCALES: usize, const OFFSET: usize>;
+/// A panel of another source with its numbers as they are multiplied: for many rows, so that the numbers are
+/// unpacked once.
+pub(super) struct Expanded<S>(PhantomData<S>);
 
-#[cfg(target_arch = "x86_64")]
-impl<P, const SCALES: usize, const OFFSET: usize> Source<P> for Expanded<SCALES, OFFSET>
-where
-    P: Dot<Weights: PairWords>,
-{
+impl<P: Dot, S: Source<P>> Source<P> for Expanded<S> {
     type Raw = *const u8;
-    const SCALES: usize = SCALES;
-    const GROUPS: usize = 4;
-    const STEPS: usize = 4;
-    const BYTES: usize = DENSE_GROUP_BYTES;
-    const OFFSET: i32 = OFFSET as i32;
+    const SCALES: usize = S::SCALES;
+    const GROUPS: usize = S::GROUPS;
+    const STEPS: usize = S::STEPS;
+    const BYTES: usize = S::STEPS * 2 * WEIGHTS_BYTES;
+    const OFFSET: i32 = S::OFFSET;
     const BOTH_TILES: bool = false;
     const STREAMED: bool = false;
 
     #[inline(always)]
     unsafe fn raw(group: *const u8, tile: usize) -> *const u8 {
-        group.wrapping_add(tile * 64)
+        group.wrapping_add(tile * WEIGHTS_BYTES)
     }
     #[inline(always)]
     unsafe fn weights(raw: *const u8, step: usize) -> P::Weights {
-        // SAFETY: the caller's contract; a step has 128 bytes.
-        unsafe { P::Weights::load(raw.add(step * 128)) }
+        // SAFETY: the caller's contract; a step has two tiles.
+        unsafe { P::load(raw.add(step * 2 * WEIGHTS_BYTES)) }
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-impl<const SCALES: usize, const OFFSET: usize> Expanded<SCALES, OFFSET> {
-    /// Bytes of a block of 32 `k`.
-    pub(super) const BLOCK: usize = SCALES * PANEL * 2 + 4 * DENSE_GROUP_BYTES;
+impl<S> Expanded<S> {
+    /// Bytes of an expanded block.
+    pub(super) const fn block_bytes<P: Dot>() -> usize
+    where
+        S: Source<P>,
+    {
+        S::SCALES * PANEL * 2 + S::GROUPS * <Self as Source<P>>::BYTES
+    }
 
     /// Expands a panel of `blocks` blocks.
     ///
     /// # Safety
     /// `panel` points to the whole panel, `to` to room for as many blocks.
     #[inline(always)]
-    pub(super) unsafe fn expand<P: Dot<Weights: PairWords>, S: Source<P>>(
-        panel: *const u8,
-        blocks: usize,
-        to: *mut u8,
-    ) {
-        let head = SCALES * PANEL * 2;
+    pub(super) unsafe fn expand<P: Dot>(panel: *const u8, blocks: usize, to: *mut u8)
+    where
+        S: Source<P>,
+    {
+        let (head, bytes) = (S::SCALES * PANEL * 2, <Self as Source<P>>::BYTES);
         for block in 0..blocks {
             // SAFETY: the caller's contract.
             unsafe {
                 let from = panel.add(block * (head + S::GROUPS * S::BYTES));
-                let to = to.add(block * Self::BLOCK);
+                let to = to.add(block * Self::block_bytes::<P>());
                 from.copy_to_nonoverlapping(to, head);
                 for group in 0..S::GROUPS {
                     let raw = array_of!(t < 2 => S::raw(from.add(head + group * S::BYTES), t));
-                    let to = to.add(head + group * DENSE_GROUP_BYTES);
+                    let to = to.add(head + group * bytes);
                     macro_rules! steps {
                         ($($step:literal)*) => {$(
-                            S::weights(raw[0], $step).store(to.add($step * 128));
-                            S::weights(raw[1], $step).store(to.add($step * 128 + 64));
+                            if $step < S::STEPS {
+                                let to = to.add($step * 2 * WEIGHTS_BYTES);
+                                P::store(S::weights(raw[0], $step), to);
+                                P::store(S::weights(raw[1], $step), to.add(WEIGHTS_BYTES));
+                            }
                         )*};
                     }
-                    steps!(0 1 2 3);
+                    steps!(0 1 2 3 4 5 6 7);
                 }
             }
         }

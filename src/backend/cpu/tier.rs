@@ -43,7 +43,7 @@ impl Tier {
         }
     }
 
-    /// Whether up to 8 rows are computed together, or else up to 4.
+    /// Whether up to 8 rows are computed together, or else up to 6.
     pub(super) fn is_wide(self) -> bool {
         self >= Self::Avx512
     }

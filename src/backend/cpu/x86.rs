@@ -140,8 +140,8 @@ impl Avx2 {
     #[inline(always)]
     fn scale_half(x: __m256, n: __m256) -> __m256 {
         intrinsic!({
-            let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-            _mm256_mul_ps(x, _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent)))
+            let exponent = _mm256_slli_epi32::<23>(_mm256_cvtps_epi32(n));
+            _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), exponent))
         })
     }
 
@@ -345,6 +345,12 @@ impl Integers {
     #[inline(always)]
     pub(super) fn numbers(self) -> Avx2 {
         intrinsic!(Avx2(_mm256_cvtepi32_ps(self.0), _mm256_cvtepi32_ps(self.1)))
+    }
+
+    /// Numbers rounded to 32-bit integers.
+    #[inline(always)]
+    pub(super) fn from_numbers(numbers: Avx2) -> Self {
+        intrinsic!(Self(_mm256_cvtps_epi32(numbers.0), _mm256_cvtps_epi32(numbers.1)))
     }
 
     /// Numbers times `factor`, rounded to integers within ±32767: sixteen pairs, and their sum.
