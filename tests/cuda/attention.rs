@@ -1,0 +1,187 @@
+//! Rope, the cache and attention over it.
+
+use astrai_rs::backend::{AttentionOp, Backend, Batch, Heads, LayerKv, RopeOp, Run, reference};
+use astrai_rs::cache::block::BlockId;
+use astrai_rs::config::DType;
+use astrai_rs::spec::{QkNorm, RopePairing};
+use candle_core::Tensor;
+
+use crate::backend_support::{Random, assert_close, batch_of, gpu, round_like_cache};
+use crate::{DTYPES, activations, bits, grain, residual, values};
+
+fn rope_op(
+    random: &mut Random,
+    backend: &Backend,
+    head_dim: usize,
+    case: usize,
+    positions: usize,
+) -> (RopeOp, reference::Rope) {
+    let half = head_dim / 2;
+    let angles = random.floats(positions * half);
+    let table = |f: fn(f32) -> f32| angles.iter().map(|&x| f(3.0 * x)).collect::<Vec<_>>();
+    let (cos, sin) = (table(f32::cos), table(f32::sin));
+    let qk_norm = [QkNorm::None, QkNorm::BeforeRope, QkNorm::AfterRope][case % 3];
+    let norms = (random.floats(head_dim), random.floats(head_dim));
+    let plain = reference::Rope {
+        cos,
+        sin,
+        pairing: [RopePairing::HalfSplit, RopePairing::Adjacent][case % 2],
+        qk_norm,
+        norms: (qk_norm != QkNorm::None).then_some(norms),
+        eps: 1e-5,
+    };
+    let norm = |weight: &Vec<f32>| residual(backend, weight, &[head_dim]);
+    let op = RopeOp {
+        cos: residual(backend, &plain.cos, &[positions, half]),
+        sin: residual(backend, &plain.sin, &[positions, half]),
+        pairing: plain.pairing,
+        qk_norm,
+        q_norm: plain.norms.as_ref().map(|(q, _)| norm(q)),
+        k_norm: plain.norms.as_ref().map(|(_, k)| norm(k)),
+        eps: plain.eps,
+    };
+    (op, plain)
+}
+
+/// Every size of the kernels, groups within a tile of 16 queries and across, padded and full columns.
+const HEADS: [(usize, usize, usize); 12] = [
+    (4, 4, 8),
+    (3, 1, 16),
+    (9, 3, 64),
+    (24, 4, 64),
+    (10, 2, 80),
+    (6, 2, 96),
+    (7, 1, 128),
+    (40, 2, 32),
+    (4, 4, 160),
+    (2, 1, 192),
+    (16, 1, 200),
+    (2, 1, 256),
+];
+
+#[test]
+fn rope_attention_and_cache_match_the_reference() {
+    let mut random = Random::new(7);
+    for dtype in DTYPES {
+        let backend = gpu(dtype);
+        for (case, (num_heads, num_kv_heads, head_dim)) in HEADS.into_iter().enumerate() {
+            let heads = Heads { num_heads, num_kv_heads, head_dim };
+            let window = [None, Some(1), Some(17), Some(64)][case % 4];
+            check_attention(&mut random, &backend, dtype, heads, (case, window));
+        }
+    }
+}
+
+/// Two steps: three sequences of 15, 16 and 330 tokens, then one more token for each.
+fn check_attention(
+    random: &mut Random,
+    backend: &Backend,
+    dtype: DType,
+    heads: Heads,
+    (case, window): (usize, Option<usize>),
+) {
+    let (op, plain) = rope_op(random, backend, heads.head_dim, case, 340);
+    let num_blocks = 28;
+    let queries = heads.num_heads * heads.head_dim;
+    let keys = heads.num_kv_heads * heads.head_dim;
+    let width = queries + 2 * keys + 8;
+    let kv = backend.layer_kv(num_blocks, heads).unwrap();
+    let mut cache = reference::Cache::new(num_blocks, heads);
+    let attention = AttentionOp { scale: 0.7 / (heads.head_dim as f32).sqrt(), window };
+    let tables = batch_of(&[(0..16, 0), (16..33, 0), (33..364, 0)], num_blocks as u32, random);
+    for lens in [[(0, 15), (0, 16), (0, 330)], [(15, 1), (16, 1), (330, 1)]] {
+        let mut batch = step_of(&tables, lens);
+        backend.place(&mut batch, heads, &[window]).unwrap();
+        let rows = batch.positions.len();
+        let mut qkv = random.floats(rows * width);
+        let given = activations(backend, &mut qkv, &[rows, width]);
+        backend.rope_and_cache(&given, heads, &op, &kv, &batch).unwrap();
+        reference::rope(&mut qkv, width, heads, &plain, &batch.positions);
+        let what = || format!("{dtype:?} {heads:?} window {window:?} {rows} rows");
+        let rotated = values(&given);
+        for (got, want) in rotated.chunks(width).zip(qkv.chunks(width)) {
+            assert_close(&got[..queries], &want[..queries], grain(dtype), || {
+                format!("rope {}", what())
+            });
+        }
+        // Attention from the GPU's own queries; the cache has what the reference rounds to.
+        for (own, got) in qkv.chunks_mut(width).zip(rotated.chunks(width)) {
+            own[..queries].copy_from_slice(&got[..queries]);
+        }
+        let stored = backend.activation_dtype();
+        cache.write((&qkv, width), heads, &batch, |x| round_like_cache(x, stored));
+        let got = backend.paged_attention(&given, heads, attention, &kv, &batch).unwrap();
+        let want = reference::paged_attention((&qkv, width), heads, attention, &cache, &batch);
+        assert_close(&values(&got), &want, 2.0 * grain(dtype), || format!("attention {}", what()));
+    }
+}
+
+fn step_of(tables: &Batch, lens: [(u32, u32); 3]) -> Batch {
+    let mut batch = Batch { blocks: tables.blocks.clone(), ..Batch::default() };
+    for ((start, len), run) in lens.into_iter().zip(&tables.runs) {
+        let row = batch.positions.len();
+        batch.positions.extend(start..start + len);
+        batch.runs.push(Run { rows: row..row + len as usize, blocks: run.blocks.clone() });
+    }
+    batch
+}
+
+#[test]
+fn a_row_of_attention_does_not_depend_on_its_batch() {
+    let mut random = Random::new(8);
+    for dtype in DTYPES {
+        let backend = gpu(dtype);
+        for ((num_heads, num_kv_heads, head_dim), window) in
+            [((3, 1, 64), None), ((4, 2, 16), Some(300)), ((1, 1, 32), Some(33))]
+        {
+            let heads = Heads { num_heads, num_kv_heads, head_dim };
+            check_cuts(&mut random, &backend, heads, window);
+        }
+    }
+}
+
+/// One prefill of 600 tokens; the same rows again in random chunks beside another sequence.
+fn check_cuts(random: &mut Random, backend: &Backend, heads: Heads, window: Option<usize>) {
+    // Enough tiles for the kernel of long prompts, also on a GPU of many multiprocessors.
+    let len = if cfg!(feature = "cuda-emulator") { 600 } else { 6000 };
+    let blocks = len as u32 / 16 + 3;
+    let width = (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim;
+    let size = heads.num_heads * heads.head_dim;
+    let (op, _) = rope_op(random, backend, heads.head_dim, 0, len);
+    let attention = AttentionOp { scale: 0.3, window };
+    let mut qkv = random.floats(len * width);
+    let mut whole = batch_of(&[(0..len, 0)], blocks, random);
+    let run = |kv: &LayerKv, x: &Tensor, batch: &mut Batch| {
+        backend.place(batch, heads, &[window]).unwrap();
+        backend.rope_and_cache(x, heads, &op, kv, batch).unwrap();
+        bits(&backend.paged_attention(x, heads, attention, kv, batch).unwrap())
+    };
+    let given = activations(backend, &mut qkv, &[len, width]);
+    let want = run(&backend.layer_kv(blocks as usize + 2, heads).unwrap(), &given, &mut whole);
+
+    let kv = backend.layer_kv(blocks as usize + 2, heads).unwrap();
+    let mut start = 0;
+    while start < len {
+        let chunk = [1, 7, 64, 200][random.below(4)].min(len - start);
+        let other = random.below(20) + 1;
+        // The other sequence has the last two blocks, and rows in front.
+        let others = [blocks, blocks + 1].map(BlockId);
+        let mut batch = Batch { blocks: others.to_vec(), ..Batch::default() };
+        batch.blocks.extend(&whole.blocks);
+        batch.positions.extend(0..other as u32);
+        batch.positions.extend(start as u32..(start + chunk) as u32);
+        batch.runs.push(Run { rows: 0..other, blocks: 0..2 });
+        batch.runs.push(Run { rows: other..other + chunk, blocks: 2..batch.blocks.len() });
+        let mut part = random.floats(other * width);
+        part.extend(&qkv[start * width..(start + chunk) * width]);
+        let part = activations(backend, &mut part, &[other + chunk, width]);
+        let got = run(&kv, &part, &mut batch);
+        let differs =
+            got[other * size..].iter().zip(&want[start * size..]).position(|(a, b)| a != b);
+        assert_eq!(
+            differs, None,
+            "{heads:?} window {window:?} rows {start}+{chunk} behind {other}"
+        );
+        start += chunk;
+    }
+}
