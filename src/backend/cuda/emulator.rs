@@ -2,9 +2,16 @@
 
 use std::ffi::{CStr, CString, c_char};
 
+#[repr(C)]
+struct LaunchBounds {
+    threads: u32,
+    blocks: u32,
+}
+
 unsafe extern "C" {
     fn emulated_count(what: *const c_char) -> u64;
     fn emulated_argument_bytes(kernel: *const c_char) -> usize;
+    fn emulated_launch_bounds(kernel: *const c_char) -> LaunchBounds;
     fn emulated_report_of(kernel: *const c_char) -> *const c_char;
 }
 
@@ -17,7 +24,7 @@ pub fn report_of(name: &CStr) -> Option<String> {
     report.map(|report| unsafe { CStr::from_ptr(report) }.to_string_lossy().into_owned())
 }
 
-/// How often something happened in this process: `launches`, `graph launches`, `allocations`; or the
+/// How often this thread made something happen: `launches`, `graph launches`, `allocations`; or the
 /// `bytes` of device memory that are allocated now.
 #[must_use]
 pub fn count(what: &CStr) -> u64 {
@@ -30,4 +37,12 @@ pub(super) fn argument_bytes(kernel: &str) -> usize {
     let kernel = CString::new(kernel).expect("no zero in a name");
     // SAFETY: a string that ends with zero.
     unsafe { emulated_argument_bytes(kernel.as_ptr()) }
+}
+
+/// Most threads of a kernel's blocks, and blocks of so many that a multiprocessor has room for.
+pub(super) fn launch_bounds(kernel: &str) -> (usize, usize) {
+    let kernel = CString::new(kernel).expect("no zero in a name");
+    // SAFETY: a string that ends with zero.
+    let bounds = unsafe { emulated_launch_bounds(kernel.as_ptr()) };
+    (bounds.threads as usize, bounds.blocks as usize)
 }

@@ -138,6 +138,12 @@ impl Grid {
     pub(super) fn each(count: usize, threads: u32) -> Self {
         Self { blocks: (count as u32, 1), threads, shared_bytes: 0 }
     }
+
+    /// Blocks of `threads` that share `parts` of each of `rows`, `share` of them a block.
+    pub(super) fn shares(rows: usize, parts: usize, share: usize, threads: u32) -> Self {
+        let blocks = (rows as u32, parts.div_ceil(share) as u32);
+        Self { blocks, threads, shared_bytes: 0 }
+    }
 }
 
 /// All kernels, loaded.

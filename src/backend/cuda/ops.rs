@@ -36,12 +36,17 @@ const BLOCKS_PER_MULTIPROCESSOR: usize = 8;
 impl Cuda {
     /// Queues kernel `name`, of which there is one for each compute type.
     fn launch<A: Arguments>(&self, name: &str, grid: Grid, args: A) -> Result<()> {
+        self.queue(&self.typed(name), grid, args)
+    }
+
+    /// The kernel of the compute type.
+    fn typed(&self, name: &str) -> String {
         let dtype = match self.dtype {
             DType::F32 => "f32",
             DType::F16 => "f16",
             _ => "bf16",
         };
-        self.queue(&name.replace("{}", dtype), grid, args)
+        name.replace("{}", dtype)
     }
 
     pub(super) fn queue<A: Arguments>(&self, name: &str, grid: Grid, args: A) -> Result<()> {
@@ -162,8 +167,11 @@ impl Cuda {
         let tiles = (args.rows as usize).div_ceil(TILE_ROWS).next_power_of_two();
         let blocks = outs.div_ceil(args.block_outs as usize);
         let slices = args.cols.div_ceil(args.slice) as usize;
+        let kernel = self.typed(&format!("linear_{{}}_{}_{tiles}", format.name()));
         // Most warps of the kernel, and blocks of so many that a multiprocessor has room for.
         let (most, together) = if tiles <= 2 { (14, 2) } else { (12, 1) };
+        #[cfg(feature = "cuda-emulator")]
+        assert_eq!(super::emulator::launch_bounds(&kernel), (most * 32, together), "{kernel}");
         // Where there are many, small blocks: while some of a multiprocessor end, others load.
         let is_wide = blocks >= 4 * self.multiprocessors;
         let (most, together) = if is_wide { (most / 2, 2 * together) } else { (most, together) };
@@ -180,7 +188,7 @@ impl Cuda {
             shared_bytes: shared as u32,
         };
         let args = LinearArgs { slots: slots as u32, ..args };
-        self.launch(&format!("linear_{{}}_{}_{tiles}", format.name()), grid, args)
+        self.queue(&kernel, grid, args)
     }
 
     /// `linear` of many rows: in large blocks where these keep the GPU busy.
@@ -207,8 +215,7 @@ impl Cuda {
         let (rows, width) = (x.dims()[0], x.dims()[1] / 2);
         let out = self.empty((rows, width), self.dtype)?;
         let args = GatedActivationArgs { x: address(x)?, out: address(&out)?, width: width as u32 };
-        let blocks = (rows as u32, width.div_ceil(4 * ROW_THREADS as usize) as u32);
-        let grid = Grid { blocks, threads: ROW_THREADS, shared_bytes: 0 };
+        let grid = Grid::shares(rows, width, 4 * ROW_THREADS as usize, ROW_THREADS);
         self.launch("gated_activation_{}", grid, args)?;
         Ok(out)
     }
@@ -226,8 +233,8 @@ impl Cuda {
             gate_width: qkv.dims()[1] as u32,
             offset: offset as u32,
         };
-        let blocks = (out.dims()[0] as u32, out.dims()[1].div_ceil(ROW_THREADS as usize) as u32);
-        let grid = Grid { blocks, threads: ROW_THREADS, shared_bytes: 0 };
+        let (rows, width) = (out.dims()[0], out.dims()[1]);
+        let grid = Grid::shares(rows, width, ROW_THREADS as usize, ROW_THREADS);
         self.launch("gate_attention_{}", grid, args)
     }
 
@@ -286,9 +293,8 @@ impl Cuda {
             },
             eps: op.eps,
         };
-        let blocks = (heads.num_heads + 2 * heads.num_kv_heads).div_ceil(ROPE_WARPS) as u32;
-        let blocks = (qkv.dims()[0] as u32, blocks);
-        let grid = Grid { blocks, threads: ROPE_WARPS as u32 * 32, shared_bytes: 0 };
+        let all_heads = heads.num_heads + 2 * heads.num_kv_heads;
+        let grid = Grid::shares(qkv.dims()[0], all_heads, ROPE_WARPS, ROPE_WARPS as u32 * 32);
         self.launch("rope_and_cache_{}", grid, args)
     }
 

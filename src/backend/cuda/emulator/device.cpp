@@ -299,8 +299,8 @@ const Kernel *&kernels() {
 
 }  // namespace
 
-Kernel::Kernel(const char *name, size_t argument_bytes, uint32_t threads, bool eager, void (*run)(const void *))
-    : name(name), argument_bytes(argument_bytes), threads(threads), eager(eager), run(run), next(kernels()) {
+Kernel::Kernel(const char *name, size_t argument_bytes, LaunchBounds bounds, bool eager, void (*run)(const void *))
+    : name(name), argument_bytes(argument_bytes), bounds(bounds), eager(eager), run(run), next(kernels()) {
     kernels() = this;
 }
 
@@ -428,9 +428,9 @@ bool run_kernel(const Kernel &kernel, dim3 grid, dim3 block, size_t shared_bytes
     grid_size = grid;
     block_size = block;
     failed = false;
-    if (block.x * block.y * block.z > kernel.threads) {
+    if (block.x * block.y * block.z > kernel.bounds.threads) {
         failed = true;
-        failure = std::string(kernel.name) + " has at most " + std::to_string(kernel.threads) + " threads";
+        failure = std::string(kernel.name) + " has at most " + std::to_string(kernel.bounds.threads) + " threads";
     }
     for (uint32_t z = 0; z < grid.z && !failed; z++)
         for (uint32_t y = 0; y < grid.y && !failed; y++)

@@ -76,7 +76,7 @@ std::recursive_mutex lock;
 std::set<Stream *> streams;
 Stream default_stream;
 std::map<const char *, size_t> pinned;
-std::map<std::string, uint64_t> counts;
+thread_local std::map<std::string, uint64_t> counts;  // what this host thread has made happen
 std::string last_report;
 int sticky = SUCCESS;  // as on a GPU, a fault ends the context
 thread_local void *current_context;
@@ -433,7 +433,7 @@ int cu_get_error(int status, const char **text) {
 // Unused by what we run, yet somebody's code names them.
 int cu_not_emulated() { return INVALID_VALUE; }
 
-// How often something happened: "launches", "graph launches", "allocations"; bytes of device memory "bytes".
+// How often this thread made something happen: "launches", "graph launches", "allocations"; bytes of device memory "bytes".
 uint64_t emulated_count(const char *what) {
     Guard guard(lock);
     return what == std::string("bytes") ? allocated_bytes() : counts[what];
@@ -463,6 +463,11 @@ const char *emulated_report_of(const char *kernel) {
 size_t emulated_argument_bytes(const char *kernel) {
     const Kernel *found = find_kernel(kernel);
     return found ? found->argument_bytes : 0;
+}
+
+LaunchBounds emulated_launch_bounds(const char *kernel) {
+    const Kernel *found = find_kernel(kernel);
+    return found ? found->bounds : LaunchBounds{0, 0};
 }
 
 void *emulated_driver(const char *name) {

@@ -80,15 +80,20 @@ void check_alignment(const void *address);
 // Fails unless it is one of device memory, though nothing is read there.
 void check_prefetch(const void *address);
 
+// Most threads of a block, and blocks of so many that a multiprocessor has room for.
+struct LaunchBounds {
+    uint32_t threads, blocks = 1;
+};
+
 // A kernel, by name.
 struct Kernel {
     const char *name;
     size_t argument_bytes;
-    uint32_t threads;
+    LaunchBounds bounds;
     bool eager;  // does something before `await_previous`
     void (*run)(const void *arguments);
     const Kernel *next;
-    Kernel(const char *name, size_t argument_bytes, uint32_t threads, bool eager, void (*run)(const void *));
+    Kernel(const char *name, size_t argument_bytes, LaunchBounds bounds, bool eager, void (*run)(const void *));
 };
 
 template <typename T>
@@ -148,16 +153,16 @@ struct SharedBytes {
     }
 };
 
-#define DEFINE_KERNEL(name, Args, threads, eager, start)                                                 \
+// `...`: the launch bounds.
+#define DEFINE_KERNEL(name, Args, eager, start, ...)                                                     \
     static void name(const Args &args);                                                                  \
-    static const emulated::Kernel name##_kernel(#name, sizeof(Args), threads, eager, [](const void *arguments) { \
+    static const emulated::Kernel name##_kernel(#name, sizeof(Args), {__VA_ARGS__}, eager, [](const void *arguments) { \
         start;                                                                                           \
         name(*static_cast<const Args *>(arguments));                                                     \
     });                                                                                                  \
     static void name([[maybe_unused]] const Args &args)
-#define FIRST_OF(first, ...) first
-#define EAGER_KERNEL(name, Args, ...) DEFINE_KERNEL(name, Args, FIRST_OF(__VA_ARGS__, ), true, {})
-#define KERNEL(name, Args, threads) DEFINE_KERNEL(name, Args, threads, false, await_previous())
+#define EAGER_KERNEL(name, Args, ...) DEFINE_KERNEL(name, Args, true, {}, __VA_ARGS__)
+#define KERNEL(name, Args, threads) DEFINE_KERNEL(name, Args, false, await_previous(), threads)
 
 inline void await_previous() { emulated::await_queued(); }
 inline void __syncthreads() { emulated::barrier(); }
