@@ -24,9 +24,8 @@ const TILE_ROWS: usize = 8;
 /// Most tiles of the input in a block of `linear`; more rows are for `gemm`. And most that a first cache holds.
 const MAX_TILES: usize = 8;
 const CACHED_TILES: usize = 4;
-/// Of `gemm`: columns of a stage, and stages.
-const STEP: usize = 64;
-const STAGES: usize = 3;
+/// Columns of a stage of `gemm`.
+const GEMM_STEP: usize = 32;
 const EXACT_WARPS: usize = 4;
 /// Widest head that the kernels can hold.
 const MAX_HEAD_DIM: usize = 256;
@@ -191,24 +190,23 @@ impl Cuda {
         self.queue(&kernel, grid, args)
     }
 
-    /// `linear` of many rows: in large blocks where these keep the GPU busy.
+    /// `linear` of many rows, in the blocks that are done first.
     fn gemm(&self, rows: usize, outs: usize, format: Format, args: LinearArgs) -> Result<()> {
-        let blocks = |size: usize| (outs.div_ceil(size), rows.div_ceil(size));
-        let is_large = blocks(128).0 * blocks(128).1 >= self.multiprocessors;
-        let size = if is_large { 128 } else { 64 };
-        let row = STEP * size_of::<bf16>();
-        let weights = match format {
-            Format::Dense => size * row,
-            _ => size / TILE_OUTS * 2 * format.chunk_bytes(),
+        let blocks = |block: GemmBlock| (rows.div_ceil(block.rows), outs.div_ceil(block.outs));
+        // As if a multiprocessor had one block at a time.
+        let time = |block: GemmBlock| {
+            let (x, y) = blocks(block);
+            (x * y).div_ceil(self.multiprocessors) * block.rows * block.outs * block.slowness
         };
-        let stages = STAGES * (weights + size * row);
-        let shared = stages.max(size * (size + 4) * size_of::<f32>());
+        let (large, small) = (GemmBlock::large(format), GemmBlock::SMALL);
+        let block = if time(large) <= time(small) { large } else { small };
+        let (x, y) = blocks(block);
         let grid = Grid {
-            blocks: (blocks(size).0 as u32, blocks(size).1 as u32),
-            threads: if is_large { 8 * 32 } else { 4 * 32 },
-            shared_bytes: shared as u32,
+            blocks: (x as u32, y as u32),
+            threads: block.threads,
+            shared_bytes: block.shared_bytes(format) as u32,
         };
-        self.launch(&format!("gemm_{{}}_{}_{size}", format.name()), grid, args)
+        self.launch(&format!("gemm_{{}}_{}_{}", format.name(), block.rows), grid, args)
     }
 
     pub(in crate::backend) fn gated_activation(&self, x: &Tensor) -> Result<Tensor> {
@@ -371,6 +369,37 @@ impl Cuda {
             _ => 0,
         };
         Cut { blocks_wanted, prefill_tiles }
+    }
+}
+
+/// A block of `gemm`. Its kernel is named by its rows of the input.
+#[derive(Clone, Copy)]
+struct GemmBlock {
+    rows: usize,
+    outs: usize,
+    threads: u32,
+    stages: usize,
+    /// Time for an output, relative to that in a large block.
+    slowness: usize,
+}
+
+impl GemmBlock {
+    const SMALL: Self = Self { rows: 64, outs: 64, threads: 4 * 32, stages: 6, slowness: 2 };
+
+    fn large(format: Format) -> Self {
+        let outs = if format == Format::Dense { 192 } else { 128 };
+        Self { rows: 128, outs, threads: 8 * 32, stages: 4, slowness: 1 }
+    }
+
+    /// For the stages, and for the outputs in their place.
+    fn shared_bytes(self, format: Format) -> usize {
+        let row = GEMM_STEP * size_of::<bf16>();
+        let weights = match format {
+            Format::Dense => self.outs * row,
+            _ => self.outs / TILE_OUTS * format.chunk_bytes(),
+        };
+        let stages = self.stages * (weights + self.rows * row);
+        stages.max(self.rows * (self.outs + 4) * size_of::<f32>())
     }
 }
 

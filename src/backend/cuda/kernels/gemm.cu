@@ -2,17 +2,18 @@
 // memory while the tensor cores work on what came before.
 #include "weights.cuh"
 
-constexpr int STAGES = 3;
-constexpr int STEP = 64;            // columns of a stage: two chunks
-constexpr int UNITS = STEP / 8;     // of 16 bytes in a row of a stage
+// A stage is a chunk of columns; so eight lanes that read rows g and g + 1 of it find them in different banks.
+constexpr int UNITS = CHUNK / 8;  // of 16 bytes in a row of a stage
 
-// A block's share of `out`, and of its shared memory. Its warps stand two by two or four by two.
-template <typename T, int FORMAT, int PANELS, int TILES, int OUT_WARPS, int ROW_WARPS>
+// A block's share of `out`, and of its shared memory. A warp makes PANELS × TILES tiles of it.
+template <int FORMAT, int PANELS_, int TILES_, int OUT_WARPS_, int ROW_WARPS, int STAGES_>
 struct Tiling {
+    static constexpr int PANELS = PANELS_, TILES = TILES_, OUT_WARPS = OUT_WARPS_, STAGES = STAGES_;
     static constexpr int THREADS = OUT_WARPS * ROW_WARPS * WARP;
     static constexpr int OUTS = OUT_WARPS * PANELS * PANEL, ROWS = ROW_WARPS * TILES * 8;
-    static constexpr int PANEL_UNITS = FORMAT == DENSE ? PANEL * UNITS : 2 * chunk_bytes(FORMAT) / 16;
+    static constexpr int PANEL_UNITS = FORMAT == DENSE ? PANEL * UNITS : chunk_bytes(FORMAT) / 16;
     static constexpr int W_UNITS = OUTS / PANEL * PANEL_UNITS, X_UNITS = ROWS * UNITS;
+    static constexpr int STAGE = W_UNITS + X_UNITS;
 };
 
 // The stages, as numbers of several sizes.
@@ -22,50 +23,44 @@ struct Stages {
     Shared<uint32_t> words;
 };
 
-// Where unit `unit` of row `row` of a stage lies: shuffled so that what a quarter of a warp reads at once,
-// four units of two rows, lies in different banks.
-__device__ inline int unit_at(int row, int unit) { return row * UNITS + (unit ^ (row % 2 * 4)); }
-
-// Begins to copy 64 columns of `count` rows of a matrix; rows and columns beyond its ends are zeros.
-template <typename T, int THREADS>
-__device__ inline void copy_rows(const Shared<uint4> &to, int start, const void *from, uint32_t first,
-                                 int count, uint32_t rows, uint32_t column, uint32_t cols) {
-    const T *matrix = static_cast<const T *>(from);
-    for (int i = threadIdx.x; i < count * UNITS; i += THREADS) {
-        const uint32_t row = first + i / UNITS, at = column + i % UNITS * 8;
-        const bool inside = row < rows && at < cols;
-        const T *source = inside ? matrix + size_t(row) * cols + at : matrix;
-        copy16_async(to, start + unit_at(i / UNITS, i % UNITS), source, inside);
+// Begins to copy a chunk of COUNT rows of a matrix; rows and columns beyond its ends are zeros.
+template <typename T, int THREADS, int COUNT>
+__device__ inline void copy_rows(const Shared<uint4> &to, int start, const void *matrix, uint32_t first, uint32_t rows,
+                                 uint32_t column, uint32_t cols) {
+    const T *from = static_cast<const T *>(matrix) + size_t(first) * cols;
+    const uint32_t at = column + threadIdx.x % UNITS * 8, own = threadIdx.x / UNITS;
+#pragma unroll
+    for (int row = 0; row < COUNT; row += THREADS / UNITS) {
+        const bool inside = first + row + own < rows && at < cols;
+        copy16_async(to, start + row * UNITS + threadIdx.x, from + ((row + own) * cols + at), inside);
     }
 }
 
-// Begins to copy two chunks of packed panels.
+// Begins to copy a chunk of packed panels.
 template <int FORMAT, int THREADS, int PANELS>
 __device__ inline void copy_panels(const Shared<uint4> &to, int start, const LinearArgs &args, uint32_t first,
                                    uint32_t column) {
-    constexpr int BYTES = chunk_bytes(FORMAT), PANEL_UNITS = 2 * BYTES / 16;
+    constexpr int BYTES = chunk_bytes(FORMAT), PANEL_UNITS = BYTES / 16;
     const uint32_t chunks = args.cols / CHUNK, panels = (args.outs + PANEL - 1) / PANEL;
     const unsigned char *packed = static_cast<const unsigned char *>(args.weight);
     for (int i = threadIdx.x; i < PANELS * PANEL_UNITS; i += THREADS) {
-        const uint32_t panel = first + i / PANEL_UNITS, byte = i % PANEL_UNITS * 16;
-        const uint32_t chunk = column / CHUNK + byte / BYTES;
-        const bool inside = panel < panels && chunk < chunks;
-        const size_t at = inside ? (size_t(panel) * chunks + chunk) * BYTES + byte % BYTES : 0;
-        copy16_async(to, start + i, packed + at, inside);
+        const uint32_t panel = first + i / PANEL_UNITS;
+        const size_t at = (size_t(panel) * chunks + column / CHUNK) * BYTES + i % PANEL_UNITS * 16;
+        copy16_async(to, start + i, packed + (panel < panels ? at : 0), panel < panels);
     }
 }
 
-// A lane's part of chunk `half` of a stage's panel.
+// A lane's part of a stage's panel.
 template <int FORMAT>
-__device__ inline Stored<FORMAT> staged(const Stages &stages, int start, int panel, int half) {
-    const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+__device__ inline Stored<FORMAT> staged(const Stages &stages, int start, int panel) {
+    const int lane = threadIdx.x % WARP, g = lane / 4;
     Stored<FORMAT> stored = {};
     if constexpr (FORMAT == DENSE) {
-        stored.upper = stages.units[start + unit_at(panel * PANEL + g, half * 4 + t)];
-        stored.lower = stages.units[start + unit_at(panel * PANEL + g + 8, half * 4 + t)];
+        stored.upper = stages.units[start + panel * PANEL * UNITS + lane];
+        stored.lower = stages.units[start + panel * PANEL * UNITS + WARP + lane];
         return stored;
     }
-    const int unit = start + (2 * panel + half) * chunk_bytes(FORMAT) / 16;
+    const int unit = start + panel * chunk_bytes(FORMAT) / 16;
     const int scales = (FORMAT == Q8_0 ? 512 : 256) / 4 + 4 * unit + g;
     if (FORMAT == Q8_0) {
         stored.upper = stages.units[unit + lane];
@@ -79,37 +74,27 @@ __device__ inline Stored<FORMAT> staged(const Stages &stages, int start, int pan
     return stored;
 }
 
-// sums[PANELS][TILES] += W · xᵀ over a stage.
-template <typename T, int FORMAT, int PANELS, int TILES>
-__device__ inline void multiply_stage(float (&sums)[PANELS][TILES][4], const Stages &stages, int w_start,
-                                      int x_start, int panel, int row) {
-    const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+// sums[PANELS][TILES] += W · xᵀ over a stage; at the end of a slice, total += sums and sums = 0.
+template <typename T, int FORMAT, typename Tiling, bool ENDS, int PANELS, int TILES>
+__device__ inline void multiply_stage(float (&total)[PANELS][TILES][4], float (&sums)[PANELS][TILES][4],
+                                      const Stages &stages, int start, int panel, int row) {
+    Operand operands[TILES];
 #pragma unroll
-    for (int half = 0; half < STEP / CHUNK; half++) {
-        Operand operands[TILES];
-#pragma unroll
-        for (int tile = 0; tile < TILES; tile++) {
-            const uint4 x = stages.units[x_start + unit_at(row + tile * 8 + g, half * 4 + t)];
-            operands[tile] = operand<T, FORMAT>(x);
-        }
-#pragma unroll
-        for (int i = 0; i < PANELS; i++) {
-            const Stored<FORMAT> stored = staged<FORMAT>(stages, w_start, panel + i, half);
-            const Chunk<T, FORMAT> weights = unpack<T, FORMAT>(stored);
-#pragma unroll
-            for (int tile = 0; tile < TILES; tile++) weights.add_to(sums[i][tile], operands[tile]);
-        }
+    for (int tile = 0; tile < TILES; tile++) {
+        const int unit = start + Tiling::W_UNITS + (row + tile * 8) * UNITS;
+        const uint4 x = stages.units[unit + threadIdx.x % WARP];
+        operands[tile] = operand<T, FORMAT>(x);
     }
-}
-
-// total += sums; sums = 0
-template <int PANELS, int TILES>
-__device__ inline void end_slice(float (&total)[PANELS][TILES][4], float (&sums)[PANELS][TILES][4]) {
 #pragma unroll
-    for (int i = 0; i < PANELS * TILES * 4; i++) {
-        float &sum = sums[i / 4 / TILES][i / 4 % TILES][i % 4];
-        total[i / 4 / TILES][i / 4 % TILES][i % 4] += sum;
-        sum = 0.0f;
+    for (int i = 0; i < PANELS; i++) {
+        const Chunk<T, FORMAT> weights = unpack<T, FORMAT>(staged<FORMAT>(stages, start, panel + i));
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) weights.add_to(sums[i][tile], operands[tile]);
+#pragma unroll
+        for (int each = 0; ENDS && each < 4 * TILES; each++) {
+            total[i][each / 4][each % 4] += sums[i][each / 4][each % 4];
+            sums[i][each / 4][each % 4] = 0.0f;
+        }
     }
 }
 
@@ -117,7 +102,7 @@ __device__ inline void end_slice(float (&total)[PANELS][TILES][4], float (&sums)
 template <typename T, typename Tiling, int PANELS, int TILES>
 __device__ inline void store_block(const LinearArgs &args, const float (&total)[PANELS][TILES][4], int panel, int row) {
     constexpr int WIDTH = Tiling::OUTS + 4;
-    const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+    const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     const Shared<float> block = SharedBytes().take<float>(Tiling::ROWS * WIDTH);
 #pragma unroll
     for (int i = 0; i < PANELS * TILES * 4; i++) {
@@ -126,55 +111,63 @@ __device__ inline void store_block(const LinearArgs &args, const float (&total)[
             total[each][tile][part];
     }
     __syncthreads();
-    const uint32_t first_out = blockIdx.x * Tiling::OUTS, first_row = blockIdx.y * Tiling::ROWS;
-    for (int i = threadIdx.x; i < Tiling::ROWS * Tiling::OUTS; i += Tiling::THREADS) {
-        const int y = i / Tiling::OUTS, x = i % Tiling::OUTS;
-        if (first_row + y < args.rows && first_out + x < args.outs)
-            store_out<T>(args, first_row + y, first_out + x, block[y * WIDTH + x]);
+    const uint32_t first_row = blockIdx.x * Tiling::ROWS, first_out = blockIdx.y * Tiling::OUTS;
+    for (int y = threadIdx.x / WARP; y < Tiling::ROWS && first_row + y < args.rows; y += Tiling::THREADS / WARP) {
+#pragma unroll
+        for (int x = lane; x < Tiling::OUTS; x += WARP)
+            if (first_out + x < args.outs) store_out<T>(args, first_row + y, first_out + x, block[y * WIDTH + x]);
     }
 }
 
-template <typename T, int FORMAT, int PANELS, int TILES, int OUT_WARPS, int ROW_WARPS>
+// Grid: blocks of x's rows × blocks of W's. Those that run together have few rows of W between them, so that W,
+// the larger one, is read from memory once.
+template <typename T, int FORMAT, typename Tile>
 __device__ void gemm(const LinearArgs &args) {
-    using Tile = Tiling<T, FORMAT, PANELS, TILES, OUT_WARPS, ROW_WARPS>;
-    constexpr int STAGE = Tile::W_UNITS + Tile::X_UNITS;
+    constexpr int STAGES = Tile::STAGES, STAGE = Tile::STAGE;
     const int warp = threadIdx.x / WARP;
-    const int panel = warp % OUT_WARPS * PANELS, row = warp / OUT_WARPS * TILES * 8;  // of the block
-    const uint32_t first_out = blockIdx.x * Tile::OUTS, first_row = blockIdx.y * Tile::ROWS;
+    const int panel = warp % Tile::OUT_WARPS * Tile::PANELS, row = warp / Tile::OUT_WARPS * Tile::TILES * 8;
+    const uint32_t first_row = blockIdx.x * Tile::ROWS, first_out = blockIdx.y * Tile::OUTS;
     const Stages stages = {SharedBytes().take<uint4>(STAGES * STAGE), SharedBytes().take<uint2>(STAGES * STAGE * 2),
                            SharedBytes().take<uint32_t>(STAGES * STAGE * 4)};
-    const auto begin = [&](uint32_t step) {
-        const int start = step % STAGES * STAGE;
-        if (step * STEP < args.cols) {
+    const auto begin = [&](uint32_t column) {
+        const int start = column / CHUNK % STAGES * STAGE;
+        if (column < args.cols) {
             if constexpr (FORMAT == DENSE)
-                copy_rows<T, Tile::THREADS>(stages.units, start, args.weight, first_out, Tile::OUTS, args.outs, step * STEP,
-                                            args.cols);
+                copy_rows<T, Tile::THREADS, Tile::OUTS>(stages.units, start, args.weight, first_out, args.outs, column,
+                                                        args.cols);
             else
                 copy_panels<FORMAT, Tile::THREADS, Tile::OUTS / PANEL>(stages.units, start, args, first_out / PANEL,
-                                                                       step * STEP);
-            copy_rows<T, Tile::THREADS>(stages.units, start + Tile::W_UNITS, args.x, first_row, Tile::ROWS, args.rows,
-                                        step * STEP, args.cols);
+                                                                       column);
+            copy_rows<T, Tile::THREADS, Tile::ROWS>(stages.units, start + Tile::W_UNITS, args.x, first_row, args.rows,
+                                                    column, args.cols);
         }
         copy_commit();
     };
-    float total[PANELS][TILES][4] = {}, sums[PANELS][TILES][4] = {};
-    for (int step = 0; step < STAGES - 1; step++) begin(step);
-    for (uint32_t step = 0; step * STEP < args.cols; step++) {
+    float total[Tile::PANELS][Tile::TILES][4] = {}, sums[Tile::PANELS][Tile::TILES][4] = {};
+    for (int stage = 0; stage < STAGES - 1; stage++) begin(stage * CHUNK);
+    uint32_t left = args.slice;  // columns of the slice
+    for (uint32_t column = 0; column < args.cols; column += CHUNK) {
         copy_wait<STAGES - 2>();
         __syncthreads();  // the copies are there for all, and all have left the stage that is filled next
-        begin(step + STAGES - 1);
-        const int start = step % STAGES * STAGE;
-        multiply_stage<T, FORMAT, PANELS, TILES>(sums, stages, start, start + Tile::W_UNITS, panel, row);
-        if ((step + 1) * STEP % args.slice == 0) end_slice<PANELS, TILES>(total, sums);
+        begin(column + (STAGES - 1) * CHUNK);
+        const int start = column / CHUNK % STAGES * STAGE;
+        left -= CHUNK;
+        if (left == 0 || column + CHUNK >= args.cols) {
+            multiply_stage<T, FORMAT, Tile, true>(total, sums, stages, start, panel, row);
+            left = args.slice;
+        } else {
+            multiply_stage<T, FORMAT, Tile, false>(total, sums, stages, start, panel, row);
+        }
     }
-    end_slice<PANELS, TILES>(total, sums);
     copy_wait<0>();
     __syncthreads();
-    store_block<T, Tile, PANELS, TILES>(args, total, panel, row);
+    store_block<T, Tile>(args, total, panel, row);
 }
 
-// Blocks of 128 × 128 and of 64 × 64.
-#define GEMM_KERNELS(T, name, FORMAT)                                                                    \
-    KERNEL(gemm_##T##_##name##_128, LinearArgs, 8 * WARP) { gemm<T, FORMAT, 4, 4, 2, 4>(args); }         \
-    KERNEL(gemm_##T##_##name##_64, LinearArgs, 4 * WARP) { gemm<T, FORMAT, 2, 4, 2, 2>(args); }
+// Blocks of 128 rows of x and 192 of W, or 128 where these are unpacked as well; and of 64 × 64.
+#define GEMM_KERNELS(T, name, FORMAT)                                               \
+    KERNEL(gemm_##T##_##name##_128, LinearArgs, 8 * WARP) {                         \
+        gemm<T, FORMAT, Tiling<FORMAT, FORMAT == DENSE ? 3 : 2, 8, 4, 2, 4>>(args); \
+    }                                                                               \
+    KERNEL(gemm_##T##_##name##_64, LinearArgs, 4 * WARP) { gemm<T, FORMAT, Tiling<FORMAT, 2, 4, 2, 2, 6>>(args); }
 FOR_EACH_FORMAT(GEMM_KERNELS)
