@@ -74,26 +74,48 @@ __device__ inline Stored<FORMAT> staged(const Stages &stages, int start, int pan
     return stored;
 }
 
-// sums[PANELS][TILES] += W · xᵀ over a stage; at the end of a slice, total += sums and sums = 0.
+// sums += W · xᵀ of a tile; at the end of a slice, total += sums and sums = 0.
+template <bool ENDS, typename T, int FORMAT>
+__device__ inline void multiply_tile(float (&total)[4], float (&sums)[4], const Chunk<T, FORMAT> &weights,
+                                     const Operand &x) {
+    weights.add_to(sums, x);
+#pragma unroll
+    for (int i = 0; ENDS && i < 4; i++) {
+        total[i] += sums[i];
+        sums[i] = 0.0f;
+    }
+}
+
+// The tiles of a stage. Registers suffice for x and one panel, which must be put in another order when it is read,
+// or for unpacked panels and one tile of x.
 template <typename T, int FORMAT, typename Tiling, bool ENDS, int PANELS, int TILES>
 __device__ inline void multiply_stage(float (&total)[PANELS][TILES][4], float (&sums)[PANELS][TILES][4],
                                       const Stages &stages, int start, int panel, int row) {
-    Operand operands[TILES];
-#pragma unroll
-    for (int tile = 0; tile < TILES; tile++) {
+    const auto x_of = [&](int tile) {
         const int unit = start + Tiling::W_UNITS + (row + tile * 8) * UNITS;
-        const uint4 x = stages.units[unit + threadIdx.x % WARP];
-        operands[tile] = operand<T, FORMAT>(x);
-    }
+        return operand<T, FORMAT>(uint4(stages.units[unit + threadIdx.x % WARP]));
+    };
+    const auto weights_of = [&](int i) { return unpack<T, FORMAT>(staged<FORMAT>(stages, start, panel + i)); };
+    if constexpr (FORMAT == DENSE) {
+        Operand x[TILES];
 #pragma unroll
-    for (int i = 0; i < PANELS; i++) {
-        const Chunk<T, FORMAT> weights = unpack<T, FORMAT>(staged<FORMAT>(stages, start, panel + i));
+        for (int tile = 0; tile < TILES; tile++) x[tile] = x_of(tile);
 #pragma unroll
-        for (int tile = 0; tile < TILES; tile++) weights.add_to(sums[i][tile], operands[tile]);
+        for (int i = 0; i < PANELS; i++) {
+            const Chunk<T, FORMAT> weights = weights_of(i);
 #pragma unroll
-        for (int each = 0; ENDS && each < 4 * TILES; each++) {
-            total[i][each / 4][each % 4] += sums[i][each / 4][each % 4];
-            sums[i][each / 4][each % 4] = 0.0f;
+            for (int tile = 0; tile < TILES; tile++)
+                multiply_tile<ENDS>(total[i][tile], sums[i][tile], weights, x[tile]);
+        }
+    } else {
+        Chunk<T, FORMAT> weights[PANELS];
+#pragma unroll
+        for (int i = 0; i < PANELS; i++) weights[i] = weights_of(i);
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) {
+            const Operand x = x_of(tile);
+#pragma unroll
+            for (int i = 0; i < PANELS; i++) multiply_tile<ENDS>(total[i][tile], sums[i][tile], weights[i], x);
         }
     }
 }
