@@ -131,9 +131,13 @@ fn a_row_of_attention_does_not_depend_on_its_batch() {
     let mut random = Random::new(8);
     for dtype in DTYPES {
         let backend = gpu(dtype);
-        for ((num_heads, num_kv_heads, head_dim), window) in
-            [((3, 1, 64), None), ((4, 2, 16), Some(300)), ((1, 1, 32), Some(33))]
-        {
+        for ((num_heads, num_kv_heads, head_dim), window) in [
+            ((3, 1, 64), None),
+            ((4, 2, 16), Some(300)),
+            ((1, 1, 32), Some(33)),
+            ((1, 1, 88), None),
+            ((2, 1, 128), Some(150)),
+        ] {
             let heads = Heads { num_heads, num_kv_heads, head_dim };
             check_cuts(&mut random, &backend, heads, window);
         }

@@ -94,10 +94,11 @@ impl Tiles<'_> {
         blocks * self.heads.num_kv_heads >= self.cut.blocks_wanted
     }
 
-    /// Whether long runs are for `prefill`: there are enough blocks also then.
+    /// Whether long runs are for `prefill`: there are enough blocks also then. Half as many are, of blocks that
+    /// read keys and values once for several tiles.
     fn prefills(&self) -> bool {
         let blocks = |run| match self.count(run) {
-            tiles if self.is_long(run) => tiles.div_ceil(self.cut.prefill_tiles),
+            tiles if self.is_long(run) => 2 * tiles.div_ceil(self.cut.prefill_tiles),
             tiles => tiles,
         };
         self.is_enough(self.runs().map(blocks).sum())

@@ -23,9 +23,12 @@ pub(super) type Address = u64;
 pub(super) const SHARED_BYTES: u32 = 48 << 10;
 
 /// Share of a multiprocessor's memory that kernels would have as shared memory, in percent, where they start
-/// early: the same for all, or a block could not start beside those of the kernel before. But `gemm` takes
-/// what it needs, for prompts and rows that decode: its blocks stage much, and do nothing before their turn.
+/// early: the same for all, or a block could not start beside those of the kernel before. But those of [`STAGED`]
+/// take what they need: their blocks do nothing before their turn.
 const SHARED_PERCENT: i32 = 50;
+
+/// Kernels, by the start of their names, whose blocks stage much in shared memory.
+const STAGED: [&str; 2] = ["gemm_", "prefill_"];
 
 /// What the build script made of `kernels/*.cu`, and the kernels in it. `{}` stands for each type.
 const MODULES: [(&[u8], &[&str]); 7] = [
@@ -253,11 +256,12 @@ fn function(
     start_early: bool,
 ) -> std::result::Result<CudaFunction, DriverError> {
     let function = module.load_function(name)?;
-    if start_early && !name.starts_with("gemm_") {
+    let is_staged = STAGED.iter().any(|start| name.starts_with(start));
+    if start_early && !is_staged {
         let share = CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
         function.set_attribute(share, SHARED_PERCENT)?;
     }
-    if shared_bytes > SHARED_BYTES && (name.starts_with("linear_") || name.starts_with("gemm_")) {
+    if shared_bytes > SHARED_BYTES && (is_staged || name.starts_with("linear_")) {
         let limit = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         function.set_attribute(limit, shared_bytes as i32)?;
     }

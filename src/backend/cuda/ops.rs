@@ -16,8 +16,10 @@ use half::bf16;
 
 const ROW_THREADS: u32 = 256;
 const ROPE_WARPS: usize = 8;
-const ATTENTION_THREADS: u32 = 4 * 32;
+const ATTENTION_WARPS: usize = 4;
 const MERGE_THREADS: u32 = 512;
+/// Keys of a step of `prefill`.
+const STEP_KEYS: usize = 64;
 /// Rows of the weights that a block of `linear` takes, and rows of the input in a tensor-core tile.
 const TILE_OUTS: usize = 16;
 const TILE_ROWS: usize = 8;
@@ -343,7 +345,7 @@ impl Cuda {
             return Ok(out);
         }
         let chunks = chunks_of(dim)?;
-        let of_tiles = |count| grid(count, ATTENTION_THREADS);
+        let of_tiles = |count| grid(count, ATTENTION_WARPS as u32 * 32);
         self.launch(&format!("attention_{{}}_{chunks}"), of_tiles(plan.num_items), args)?;
         let with = |(num_items, items)| AttentionArgs { items, num_items, ..args };
         if plan.num_partials > 0 {
@@ -353,8 +355,11 @@ impl Cuda {
             self.launch("merge_{}", grid, with(plan.merges))?;
         }
         if plan.num_prefills > 0 {
-            let name = format!("prefill_{{}}_{chunks}");
-            self.launch(&name, of_tiles(plan.num_prefills), with(plan.prefills))?;
+            // Keys and values of two steps, and the queries.
+            let rows = 2 * 2 * STEP_KEYS + ATTENTION_WARPS * TILE_OUTS;
+            let shared_bytes = (rows * 32 * chunks * size_of::<bf16>()) as u32;
+            let grid = Grid { shared_bytes, ..of_tiles(plan.num_prefills) };
+            self.launch(&format!("prefill_{{}}_{chunks}"), grid, with(plan.prefills))?;
         }
         Ok(out)
     }
@@ -364,8 +369,7 @@ impl Cuda {
         let blocks_wanted = if self.is_exact() { 0 } else { 2 * self.multiprocessors };
         let prefill_tiles = match chunks_of(heads.head_dim) {
             _ if self.is_exact() => 0,
-            Ok(1 | 2) => 4,
-            Ok(3 | 4) => 2,
+            Ok(1..=4) => ATTENTION_WARPS,
             _ => 0,
         };
         Cut { blocks_wanted, prefill_tiles }

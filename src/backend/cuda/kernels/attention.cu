@@ -75,12 +75,13 @@ struct Loaded {
 template <typename T, int CHUNKS>
 __device__ inline void score_page(float (&scores)[2][4], const uint4 (&query)[CHUNKS][2], Loaded<T, CHUNKS> &loaded,
                                   const AttentionArgs &args, const Walk &walk, uint32_t own) {
-    const auto kept = [&](int chunk, int half) { return query[chunk][half]; };
     if (own < walk.limit) {
         const T *page = page_at<T>(args.keys, args, walk.page_of(own));
-        score<T, CHUNKS>(scores, kept, [&](int chunk, int j) {
-            return loaded.AHEAD ? loaded.keys[chunk][j] : load_key(page, args.dim, chunk, j);
-        });
+#pragma unroll
+        for (int chunk = 0; chunk < CHUNKS; chunk++)
+            score<T>(scores, query[chunk][0], query[chunk][1], [&](int j) {
+                return loaded.AHEAD ? loaded.keys[chunk][j] : load_key(page, args.dim, chunk, j);
+            });
     }
     if (loaded.AHEAD) loaded.load_keys(args, walk, own + KEYS);
 }

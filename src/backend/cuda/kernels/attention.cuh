@@ -134,30 +134,30 @@ __device__ inline void load_queries(Tile<T, CHUNKS, SHARES> &tile, const Attenti
     }
 }
 
-// A lane's part of a page's keys, for score tile j: columns 32 · chunk + 8t … of one key.
+// A lane's part of a page's keys, for score tile j: columns 32 · chunk + 8t … of one key, if it has them.
+__device__ inline bool has_key(uint32_t dim, int chunk) { return 32 * chunk + 8 * (threadIdx.x % 4) < dim; }
+template <typename T>
+__device__ inline const T *key_at(const T *page, uint32_t dim, int chunk, int j) {
+    const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4, key = 4 * (g / 2) + 2 * j + g % 2;
+    return page + key * dim + 32 * chunk + 8 * t;
+}
 template <typename T>
 __device__ inline uint4 load_key(const T *page, uint32_t dim, int chunk, int j) {
-    const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4, key = 4 * (g / 2) + 2 * j + g % 2;
-    const uint32_t column = 32 * chunk + 8 * t;
-    return column < dim ? load16(page + key * dim + column) : uint4{0, 0, 0, 0};
+    return has_key(dim, chunk) ? load16(key_at(page, dim, chunk, j)) : uint4{0, 0, 0, 0};
 }
 
-// Products of the 16 queries with the 16 keys of a page. Lane t of score tile j has keys 4t + 2j, 4t + 2j + 1,
-// so that `add_values` finds four neighbours in each lane. `query(chunk, half)`: what was kept, `key(chunk, j)`:
-// what `load_key` gives.
-template <typename T, int CHUNKS, typename Kept, typename Key>
-__device__ inline void score(float (&scores)[2][4], const Kept &query, const Key &key) {
+// Adds products of the 16 queries with the 16 keys of a page, over a chunk of columns: `q0` and `q1` are of rows
+// g and g + 8, `key(j)` gives what `load_key` does. Lane t of score tile j has keys 4t + 2j, 4t + 2j + 1, so that
+// `add_values` finds four neighbours in each lane.
+template <typename T, typename Key>
+__device__ inline void score(float (&scores)[2][4], const uint4 &q0, const uint4 &q1, const Key &key) {
+    const uint32_t low[4] = {q0.x, q1.x, q0.y, q1.y}, high[4] = {q0.z, q1.z, q0.w, q1.w};
 #pragma unroll
-    for (int chunk = 0; chunk < CHUNKS; chunk++) {
-        const uint4 q0 = query(chunk, 0), q1 = query(chunk, 1);
-        const uint32_t low[4] = {q0.x, q1.x, q0.y, q1.y}, high[4] = {q0.z, q1.z, q0.w, q1.w};
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            const uint4 k = key(chunk, j);
-            const uint32_t first[2] = {k.x, k.y}, second[2] = {k.z, k.w};
-            mma<T>(scores[j], low, first);
-            mma<T>(scores[j], high, second);
-        }
+    for (int j = 0; j < 2; j++) {
+        const uint4 k = key(j);
+        const uint32_t first[2] = {k.x, k.y}, second[2] = {k.z, k.w};
+        mma<T>(scores[j], low, first);
+        mma<T>(scores[j], high, second);
     }
 }
 
