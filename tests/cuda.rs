@@ -158,6 +158,30 @@ fn steps_of_a_size_that_has_run_take_no_memory_from_the_driver() {
     assert_eq!(emulator::count(c"allocations"), before);
 }
 
+#[cfg(feature = "cuda-emulator")]
+#[test]
+fn a_step_may_take_new_memory_while_it_is_captured() {
+    let mut random = Random::new(15);
+    let backend = gpu(DType::BFloat16);
+    let table = backend.table(stored(&mut random, &[40, 4096], Encoding::BF16)).unwrap();
+    let heads = Heads { num_heads: 1, num_kv_heads: 1, head_dim: 64 };
+    let mut graphs = backend.decode_graphs(heads, &[None], (1, 64)).unwrap().unwrap();
+    let launches = emulator::count(c"graph launches");
+    let mut calls = 0;
+    for _ in 0..2 {
+        let mut batch = batch_of(&[(0..1, 0)], 4, &mut random);
+        batch.ids = vec![3];
+        let forward = |batch: &_| {
+            calls += 1;
+            let _more = (calls > 1).then(|| backend.embedding(&table, batch)).transpose()?;
+            backend.embedding(&table, batch).map(Some)
+        };
+        graphs.run(batch, forward).unwrap();
+    }
+    // One to compute, one to capture, and then the graph.
+    assert_eq!((calls, emulator::count(c"graph launches") - launches), (2, 1));
+}
+
 #[test]
 fn what_the_gpu_cannot_do_is_an_error_that_says_so() {
     let mut random = Random::new(10);

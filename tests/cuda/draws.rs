@@ -11,6 +11,15 @@ use candle_core::Tensor;
 use crate::backend_support::{Random, gpu};
 use crate::residual;
 
+const GREEDY: Draw = Draw {
+    inverse_temperature: None,
+    top_k: None,
+    top_p: 1.0,
+    min_p: 0.0,
+    uniform: 0.5,
+    logprobs: None,
+};
+
 fn tokens_of(backend: &Backend, logits: &Tensor, draws: &[(u32, Draw)]) -> Vec<Option<u32>> {
     let drawn = backend.draw(logits, draws).unwrap().wait().unwrap().into_iter();
     drawn.map(|drawn| Some(drawn?.token)).collect()
@@ -102,16 +111,17 @@ fn logprobs_are_the_samplers() {
 }
 
 #[test]
+fn draws_that_nobody_waits_for_do_no_harm() {
+    let backend = gpu(DType::Float32);
+    let logits = residual(&backend, &[0.0, 1.0], &[1, 2]);
+    drop(backend.draw(&logits, &[(0, GREEDY)]).unwrap());
+    assert_eq!(tokens_of(&backend, &logits, &[(0, GREEDY)]), [Some(1)]);
+}
+
+#[test]
 fn a_row_that_is_no_row_of_numbers_gives_no_token() {
     let backend = gpu(DType::Float32);
-    let draw = Draw {
-        inverse_temperature: None,
-        top_k: None,
-        top_p: 1.0,
-        min_p: 0.0,
-        uniform: 0.5,
-        logprobs: Some(1),
-    };
+    let draw = Draw { logprobs: Some(1), ..GREEDY };
     for (bad, want) in
         [(f32::NAN, None), (f32::INFINITY, None), (f32::NEG_INFINITY, None), (2.0, Some(1))]
     {

@@ -151,7 +151,12 @@ bool is_pinned(const void *address) {
 }
 
 Work copy(void *to, const void *from, size_t bytes, bool check_to, bool check_from) {
+    const bool is_staged = is_pinned(to) || is_pinned(from);
     return [=](std::string &report) {
+        if (is_staged && !is_pinned(to) && !is_pinned(from)) {
+            report = "copy of " + std::to_string(bytes) + " bytes: page-locked memory that has been freed";
+            return false;
+        }
         for (const auto &[address, check] : {std::pair<const void *, bool>(to, check_to), {from, check_from}}) {
             if (check && bytes && !is_device_memory(address, bytes)) {
                 report = "copy of " + std::to_string(bytes) + " bytes: access to " + describe(address);
@@ -301,7 +306,6 @@ int cu_mem_host_alloc(void **out, size_t bytes, unsigned) {
 }
 int cu_mem_free_host(void *start) {
     Guard guard(lock);
-    finish_all();
     pinned.erase(static_cast<char *>(start));
     free(start);
     return SUCCESS;
@@ -437,37 +441,6 @@ int cu_not_emulated() { return INVALID_VALUE; }
 uint64_t emulated_count(const char *what) {
     Guard guard(lock);
     return what == std::string("bytes") ? allocated_bytes() : counts[what];
-}
-
-// What the device reports of a kernel of broken.cu: null when nothing.
-const char *emulated_report_of(const char *kernel) {
-    static std::string report;
-    Guard guard(lock);
-    const size_t bytes = 64 * sizeof(float);
-    void *data = allocate(bytes), *freed = allocate(bytes);
-    write_memory(data, bytes, [=] { memset(data, 0, bytes); });
-    release(freed, report);
-    const void *arguments[] = {data, freed};
-    const Kernel *found = find_kernel(kernel);
-    report = found ? "" : "there is no such kernel";
-    bool well = found && run_kernel(*found, {2, 1, 1}, {64, 1, 1}, 0, arguments, report);
-    std::string overrun;
-    if (!release(data, overrun) && well) {
-        well = false;
-        report = overrun;
-    }
-    return well ? nullptr : report.c_str();
-}
-
-// Bytes of a kernel's argument; 0: there is no such kernel.
-size_t emulated_argument_bytes(const char *kernel) {
-    const Kernel *found = find_kernel(kernel);
-    return found ? found->argument_bytes : 0;
-}
-
-LaunchBounds emulated_launch_bounds(const char *kernel) {
-    const Kernel *found = find_kernel(kernel);
-    return found ? found->bounds : LaunchBounds{0, 0};
 }
 
 void *emulated_driver(const char *name) {

@@ -2,6 +2,7 @@
 #include "memory.cpp"
 #include "device.cpp"
 #include "driver.cpp"
+#include "inspect.cpp"
 
 #include "broken.cu"
 
