@@ -167,12 +167,14 @@ __device__ void gemm(const LinearArgs &args) {
     };
     float total[Tile::PANELS][Tile::TILES][4] = {}, sums[Tile::PANELS][Tile::TILES][4] = {};
     for (int stage = 0; stage < STAGES - 1; stage++) begin(stage * CHUNK);
+    int next = 0;                // stage to multiply
     uint32_t left = args.slice;  // columns of the slice
     for (uint32_t column = 0; column < args.cols; column += CHUNK) {
         copy_wait<STAGES - 2>();
         __syncthreads();  // the copies are there for all, and all have left the stage that is filled next
         begin(column + (STAGES - 1) * CHUNK);
-        const int start = column / CHUNK % STAGES * STAGE;
+        const int start = next;
+        next = next == (STAGES - 1) * STAGE ? 0 : next + STAGE;
         left -= CHUNK;
         if (left == 0 || column + CHUNK >= args.cols) {
             multiply_stage<T, FORMAT, Tile, true>(total, sums, stages, start, panel, row);
