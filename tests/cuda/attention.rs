@@ -135,7 +135,7 @@ fn a_row_of_attention_does_not_depend_on_its_batch() {
             ((3, 1, 64), None),
             ((4, 2, 16), Some(300)),
             ((1, 1, 32), Some(33)),
-            ((1, 1, 88), None),
+            ((3, 1, 88), None),
             ((2, 1, 128), Some(150)),
         ] {
             let heads = Heads { num_heads, num_kv_heads, head_dim };
@@ -187,5 +187,30 @@ fn check_cuts(random: &mut Random, backend: &Backend, heads: Heads, window: Opti
             "{heads:?} window {window:?} rows {start}+{chunk} behind {other}"
         );
         start += chunk;
+    }
+}
+
+#[cfg(feature = "cuda-emulator")]
+#[test]
+fn a_captured_step_attends_for_many_heads_of_a_group() {
+    let mut random = Random::new(16);
+    let backend = gpu(DType::BFloat16);
+    let heads = Heads { num_heads: 64, num_kv_heads: 1, head_dim: 16 };
+    let kv = backend.layer_kv(40, heads).unwrap();
+    let runs: [_; 8] = std::array::from_fn(|row| (row..row + 1, 30));
+    let step = || batch_of(&runs, 40, &mut Random::new(17));
+    let mut batch = step();
+    let width = (heads.num_heads + 2) * heads.head_dim;
+    let qkv = activations(&backend, &mut random.floats(8 * width), &[8, width]);
+    let (rope, _) = rope_op(&mut random, &backend, heads.head_dim, 0, 64);
+    let op = AttentionOp { scale: 0.3, window: None };
+    backend.place(&mut batch, heads, &[None]).unwrap();
+    backend.rope_and_cache(&qkv, heads, &rope, &kv, &batch).unwrap();
+    let want = bits(&backend.paged_attention(&qkv, heads, op, &kv, &batch).unwrap());
+    let mut graphs = backend.decode_graphs(heads, &[None], (8, 64)).unwrap().unwrap();
+    for _ in 0..3 {
+        let attend = |batch: &_| backend.paged_attention(&qkv, heads, op, &kv, batch).map(Some);
+        let got = graphs.run(step(), attend).unwrap().unwrap();
+        assert_eq!(bits(&got), want);
     }
 }

@@ -98,14 +98,18 @@ fn quantised_linear_matches_the_reference() {
 #[test]
 fn a_row_of_linear_does_not_depend_on_its_batch() {
     let mut random = Random::new(3);
-    // Large blocks, several of rows and of outs, for the multiprocessors, of which the emulated GPU has four.
+    // Large blocks, several of rows and of outs, for the multiprocessors, of which the emulated GPU has four;
+    // columns that are no whole slices, of dense weights also no whole chunks.
     let (rows, outs) = if cfg!(feature = "cuda-emulator") { (250, 260) } else { (1700, 1700) };
     for dtype in DTYPES {
-        for encoding in [Encoding::F32].into_iter().chain(QUANTISED) {
-            check_rows(&mut random, (dtype, encoding), (rows, 352, outs));
+        for (encoding, cols) in
+            [(Encoding::F32, 360)].into_iter().chain(QUANTISED.map(|q| (q, 352)))
+        {
+            check_rows(&mut random, (dtype, encoding), (rows, cols, outs));
+            // Small blocks; of dense weights half tiles for few rows.
+            check_rows(&mut random, (dtype, encoding), (rows, cols, 40));
         }
-        // Half tiles for few rows; slices of more than one step.
-        check_rows(&mut random, (dtype, Encoding::F32), (rows, 352, 40));
+        // Slices of more than one step.
         check_rows(&mut random, (dtype, Encoding::F32), (rows, 8328, 9));
     }
 }
@@ -118,7 +122,7 @@ fn check_rows(
     let backend = gpu(dtype);
     let packed = backend.pack(&[stored(random, &[outs, cols], encoding)], None).unwrap();
     let x = activations(&backend, &mut random.floats(rows * cols), &[rows, cols]);
-    // In large blocks; some in small ones below; the rest as few rows.
+    // By gemm; below also as few rows.
     let whole = bits(&backend.logits(&x, &packed).unwrap());
     for (start, len) in [
         (0, 1),

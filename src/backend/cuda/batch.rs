@@ -11,7 +11,7 @@ use crate::config::BLOCK_SIZE;
 use crate::error::{Error, Result};
 
 /// Queries in a tile of the attention kernels.
-const TILE: usize = 16;
+pub(super) const TILE: usize = 16;
 /// Keys in a split of the attention kernels.
 const SPLIT: usize = 256;
 /// The item has all splits of its tile.
@@ -77,8 +77,11 @@ impl Tiles<'_> {
         (run.rows.len() * self.group()).div_ceil(TILE)
     }
 
+    /// One row never is, however many heads it has: decode steps are captured without `prefill`.
     fn is_long(&self, run: &Run) -> bool {
-        self.cut.prefill_tiles > 1 && self.count(run) >= self.cut.prefill_tiles
+        self.cut.prefill_tiles > 1
+            && run.rows.len() > 1
+            && self.count(run) >= self.cut.prefill_tiles
     }
 
     /// The splits that a tile's queries see.
@@ -94,8 +97,8 @@ impl Tiles<'_> {
         blocks * self.heads.num_kv_heads >= self.cut.blocks_wanted
     }
 
-    /// Whether long runs are for `prefill`: there are enough blocks also then. Half as many are, of blocks that
-    /// read keys and values once for several tiles.
+    /// Whether long runs are for `prefill`: there are enough blocks also then. One counts twice, as it reads keys
+    /// and values once for several tiles; that has not been measured.
     fn prefills(&self) -> bool {
         let blocks = |run| match self.count(run) {
             tiles if self.is_long(run) => 2 * tiles.div_ceil(self.cut.prefill_tiles),
@@ -177,6 +180,13 @@ impl PlanSize {
         Self { items: tiles + partials, merges: tiles, prefills: 0, partials }
     }
 
+    fn fits(self, other: Self) -> bool {
+        self.items <= other.items
+            && self.merges <= other.merges
+            && self.prefills <= other.prefills
+            && self.partials <= other.partials
+    }
+
     fn words(self) -> usize {
         3 + ITEM_WORDS * (self.items + self.prefills) + MERGE_WORDS * self.merges
     }
@@ -251,6 +261,7 @@ pub(super) fn words(
     }
     for (plan, placed) in plans.iter().zip(&places.plans) {
         let size = plan.size();
+        assert!(size.fits(placed.size), "a plan of {size:?} in the place of {:?}", placed.size);
         words.extend([size.items, size.merges, size.prefills].map(|count| count as u32));
         words.extend(&plan.items);
         words.resize(placed.start + 3 + ITEM_WORDS * placed.size.items, 0);

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Tensor};
 
-use super::batch::Cut;
+use super::batch::{Cut, TILE};
 use super::launch::{
     Address, Arguments, AttentionArgs, EmbeddingArgs, GateArgs, GatedActivationArgs, GatherArgs,
     Grid, LinearArgs, RmsNormArgs, RopeArgs, SHARED_BYTES,
@@ -310,7 +310,7 @@ impl Cuda {
         let out = self.empty((qkv.dims()[0], heads.num_heads * dim), self.dtype)?;
         let placed = placed(batch)?;
         let plan = placed.plan(op.window)?;
-        let partials = (plan.num_partials, heads.num_kv_heads * TILE_OUTS * (dim + 2));
+        let partials = (plan.num_partials, heads.num_kv_heads * TILE * (dim + 2));
         let partial = self.empty(partials, DType::F32)?;
         let (keys, values) = pages(kv)?;
         let (num_items, items) = plan.items;
@@ -356,7 +356,7 @@ impl Cuda {
         }
         if plan.num_prefills > 0 {
             // Keys and values of two steps, and the queries.
-            let rows = 2 * 2 * STEP_KEYS + ATTENTION_WARPS * TILE_OUTS;
+            let rows = 2 * 2 * STEP_KEYS + ATTENTION_WARPS * TILE;
             let shared_bytes = (rows * 32 * chunks * size_of::<bf16>()) as u32;
             let grid = Grid { shared_bytes, ..of_tiles(plan.num_prefills) };
             self.launch(&format!("prefill_{{}}_{chunks}"), grid, with(plan.prefills))?;
@@ -383,7 +383,7 @@ struct GemmBlock {
     outs: usize,
     threads: u32,
     stages: usize,
-    /// Time for an output, relative to that in a large block.
+    /// Time for an output, relative to that in a large block; a guess until it is measured.
     slowness: usize,
 }
 

@@ -3,7 +3,6 @@
 #include "attention.cuh"
 
 static_assert(ATTENTION_WARPS == PAGES, "a page of a step for each warp");
-constexpr int KEYS = PAGES * KV_PAGE;  // of a step
 
 struct AttentionShared {
     Shared<float> maxima, totals;  // [warps, ATTENTION_ROWS]
@@ -36,7 +35,7 @@ struct Walk {
     // The warp's own page of a step to come.
     template <typename T>
     __device__ void prefetch(const AttentionArgs &args, uint32_t steps) const {
-        const uint32_t at = key + steps * KEYS + threadIdx.x / WARP * KV_PAGE;
+        const uint32_t at = key + steps * STEP_KEYS + threadIdx.x / WARP * KV_PAGE;
         if (at >= limit) return;
         const uint32_t page = page_of(at), lines = args.dim * KV_PAGE * sizeof(T) / LINE;
         for (uint32_t line = threadIdx.x % WARP; line < 2 * lines; line += WARP) {
@@ -83,7 +82,7 @@ __device__ inline void score_page(float (&scores)[2][4], const uint4 (&query)[CH
                 return loaded.AHEAD ? loaded.keys[chunk][j] : load_key(page, args.dim, chunk, j);
             });
     }
-    if (loaded.AHEAD) loaded.load_keys(args, walk, own + KEYS);
+    if (loaded.AHEAD) loaded.load_keys(args, walk, own + STEP_KEYS);
 }
 
 // Scores → weights of a step in shared memory, and the softmax of the tile: with those of the other warps. How
@@ -123,7 +122,7 @@ __device__ inline float2 weigh_together(float (&scores)[2][4], Tile<T, CHUNKS, A
     return make_float2(fade[0], fade[1]);
 }
 
-// One step: KEYS keys, of which those before the end exist.
+// One step: STEP_KEYS keys, of which those before the end exist.
 template <typename T, int CHUNKS>
 __device__ inline void attend(Tile<T, CHUNKS, ATTENTION_WARPS> &tile, const uint4 (&query)[CHUNKS][2],
                               Loaded<T, CHUNKS> &loaded, const AttentionArgs &args, const AttentionShared &shared,
@@ -175,7 +174,7 @@ __device__ void attention_item(const AttentionArgs &args, const AttentionItem &i
     load_queries(tile, args, item, [&](int chunk, int half, const uint4 &numbers) { query[chunk][half] = numbers; });
     const Reach reach = reach_of(args, item);
     Walk walk;
-    walk.key = max(item.first_split * SPLIT, reach.begin / KEYS * KEYS);
+    walk.key = max(item.first_split * SPLIT, reach.begin / STEP_KEYS * STEP_KEYS);
     walk.limit = min((item.last_split + 1) * SPLIT, reach.end);
     walk.table = item.blocks;
     walk.page = walk.ahead = walk.load_page(args, walk.key / SPLIT);
@@ -188,7 +187,7 @@ __device__ void attention_item(const AttentionArgs &args, const AttentionItem &i
         walk.begin_split(args, split);
         tile.clear();
         const uint32_t stop = min((split + 1) * SPLIT, walk.limit);
-        for (; walk.key < stop; walk.key += KEYS) attend(tile, query, loaded, args, shared, walk);
+        for (; walk.key < stop; walk.key += STEP_KEYS) attend(tile, query, loaded, args, shared, walk);
         whole.merge(tile);
     }
     if (item.partial == WHOLE) store_rows(whole, args, item);

@@ -16,6 +16,7 @@ constexpr int ATTENTION_ROWS = 16;
 constexpr int KV_PAGE = 16;
 constexpr int SPLIT = 256;
 constexpr int PAGES = 4;  // of a step, whose scores are weighed together
+constexpr int STEP_KEYS = PAGES * KV_PAGE;
 constexpr uint32_t WHOLE = 0xffffffffu;
 
 // Work of a block.
@@ -172,7 +173,8 @@ __device__ inline void mask(float (&scores)[2][4], const Tile<T, CHUNKS, SHARES>
         for (int i = 0; i < 4; i++) {
             const uint32_t at = key + 4 * t + 2 * j + i % 2, position = tile.position[i / 2];
             const bool seen = tile.exists[i / 2] && at <= position && (!args.window || at + args.window > position);
-            scores[j][i] = seen ? scores[j][i] * args.scale : -INFINITY;
+            // Never fused with what takes the maximum away: both kernels round here.
+            scores[j][i] = seen ? __fmul_rn(scores[j][i], args.scale) : -INFINITY;
         }
     }
 }

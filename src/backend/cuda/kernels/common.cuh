@@ -129,7 +129,8 @@ __device__ inline unsigned long long atomic_add(const Shared<unsigned long long>
     return atomicAdd(to.address(i), x);
 }
 
-// Copies 16 aligned bytes of global memory to to[i], or zeros unless `inside`, while the thread goes on.
+// Copies 16 aligned bytes of global memory to to[i], or zeros unless `inside`, where nothing is read of `from`, while
+// the thread goes on.
 // `copy_commit` ends a group of copies, `copy_wait` waits for all but the last groups.
 __device__ inline void copy16_async(const Shared<uint4> &to, int i, const void *from, bool inside) {
     const uint32_t at = uint32_t(__cvta_generic_to_shared(to.address(i)));

@@ -31,6 +31,7 @@ __device__ inline void copy_rows(const Shared<uint4> &to, int start, const void 
     const uint32_t at = column + threadIdx.x % UNITS * 8, own = threadIdx.x / UNITS;
 #pragma unroll
     for (int row = 0; row < COUNT; row += THREADS / UNITS) {
+        static_assert(COUNT % (THREADS / UNITS) == 0, "whole rounds: the next part of the stage is not ours");
         const bool inside = first + row + own < rows && at < cols;
         copy16_async(to, start + row * UNITS + threadIdx.x, from + ((row + own) * cols + at), inside);
     }
@@ -86,13 +87,13 @@ __device__ inline void multiply_tile(float (&total)[4], float (&sums)[4], const 
     }
 }
 
-// The tiles of a stage. Registers suffice for x and one panel, which must be put in another order when it is read,
-// or for unpacked panels and one tile of x.
-template <typename T, int FORMAT, typename Tiling, bool ENDS, int PANELS, int TILES>
+// The tiles of a stage. Registers suffice for all of x and one panel, which is right where reading a panel costs
+// moves, or for all panels and one tile of x, where unpacking one costs more.
+template <typename T, int FORMAT, typename Block, bool ENDS, int PANELS, int TILES>
 __device__ inline void multiply_stage(float (&total)[PANELS][TILES][4], float (&sums)[PANELS][TILES][4],
                                       const Stages &stages, int start, int panel, int row) {
     const auto x_of = [&](int tile) {
-        const int unit = start + Tiling::W_UNITS + (row + tile * 8) * UNITS;
+        const int unit = start + Block::W_UNITS + (row + tile * 8) * UNITS;
         return operand<T, FORMAT>(uint4(stages.units[unit + threadIdx.x % WARP]));
     };
     const auto weights_of = [&](int i) { return unpack<T, FORMAT>(staged<FORMAT>(stages, start, panel + i)); };
@@ -121,11 +122,11 @@ __device__ inline void multiply_stage(float (&total)[PANELS][TILES][4], float (&
 }
 
 // A warp's totals to the block's [ROWS][OUTS] in shared memory; from there whole rows go out.
-template <typename T, typename Tiling, int PANELS, int TILES>
+template <typename T, typename Block, int PANELS, int TILES>
 __device__ inline void store_block(const LinearArgs &args, const float (&total)[PANELS][TILES][4], int panel, int row) {
-    constexpr int WIDTH = Tiling::OUTS + 4;
+    constexpr int WIDTH = Block::OUTS + 4;
     const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
-    const Shared<float> block = SharedBytes().take<float>(Tiling::ROWS * WIDTH);
+    const Shared<float> block = SharedBytes().take<float>(Block::ROWS * WIDTH);
 #pragma unroll
     for (int i = 0; i < PANELS * TILES * 4; i++) {
         const int each = i / 4 / TILES, tile = i / 4 % TILES, part = i % 4;
@@ -133,39 +134,39 @@ __device__ inline void store_block(const LinearArgs &args, const float (&total)[
             total[each][tile][part];
     }
     __syncthreads();
-    const uint32_t first_row = blockIdx.x * Tiling::ROWS, first_out = blockIdx.y * Tiling::OUTS;
-    for (int y = threadIdx.x / WARP; y < Tiling::ROWS && first_row + y < args.rows; y += Tiling::THREADS / WARP) {
+    const uint32_t first_row = blockIdx.x * Block::ROWS, first_out = blockIdx.y * Block::OUTS;
+    for (int y = threadIdx.x / WARP; y < Block::ROWS && first_row + y < args.rows; y += Block::THREADS / WARP) {
 #pragma unroll
-        for (int x = lane; x < Tiling::OUTS; x += WARP)
+        for (int x = lane; x < Block::OUTS; x += WARP)
             if (first_out + x < args.outs) store_out<T>(args, first_row + y, first_out + x, block[y * WIDTH + x]);
     }
 }
 
 // Grid: blocks of x's rows × blocks of W's. Those that run together have few rows of W between them, so that W,
 // the larger one, is read from memory once.
-template <typename T, int FORMAT, typename Tile>
+template <typename T, int FORMAT, typename Block>
 __device__ void gemm(const LinearArgs &args) {
-    constexpr int STAGES = Tile::STAGES, STAGE = Tile::STAGE;
+    constexpr int STAGES = Block::STAGES, STAGE = Block::STAGE;
     const int warp = threadIdx.x / WARP;
-    const int panel = warp % Tile::OUT_WARPS * Tile::PANELS, row = warp / Tile::OUT_WARPS * Tile::TILES * 8;
-    const uint32_t first_row = blockIdx.x * Tile::ROWS, first_out = blockIdx.y * Tile::OUTS;
+    const int panel = warp % Block::OUT_WARPS * Block::PANELS, row = warp / Block::OUT_WARPS * Block::TILES * 8;
+    const uint32_t first_row = blockIdx.x * Block::ROWS, first_out = blockIdx.y * Block::OUTS;
     const Stages stages = {SharedBytes().take<uint4>(STAGES * STAGE), SharedBytes().take<uint2>(STAGES * STAGE * 2),
                            SharedBytes().take<uint32_t>(STAGES * STAGE * 4)};
     const auto begin = [&](uint32_t column) {
         const int start = column / CHUNK % STAGES * STAGE;
         if (column < args.cols) {
             if constexpr (FORMAT == DENSE)
-                copy_rows<T, Tile::THREADS, Tile::OUTS>(stages.units, start, args.weight, first_out, args.outs, column,
+                copy_rows<T, Block::THREADS, Block::OUTS>(stages.units, start, args.weight, first_out, args.outs, column,
                                                         args.cols);
             else
-                copy_panels<FORMAT, Tile::THREADS, Tile::OUTS / PANEL>(stages.units, start, args, first_out / PANEL,
+                copy_panels<FORMAT, Block::THREADS, Block::OUTS / PANEL>(stages.units, start, args, first_out / PANEL,
                                                                        column);
-            copy_rows<T, Tile::THREADS, Tile::ROWS>(stages.units, start + Tile::W_UNITS, args.x, first_row, args.rows,
+            copy_rows<T, Block::THREADS, Block::ROWS>(stages.units, start + Block::W_UNITS, args.x, first_row, args.rows,
                                                     column, args.cols);
         }
         copy_commit();
     };
-    float total[Tile::PANELS][Tile::TILES][4] = {}, sums[Tile::PANELS][Tile::TILES][4] = {};
+    float total[Block::PANELS][Block::TILES][4] = {}, sums[Block::PANELS][Block::TILES][4] = {};
     for (int stage = 0; stage < STAGES - 1; stage++) begin(stage * CHUNK);
     int next = 0;                // stage to multiply
     uint32_t left = args.slice;  // columns of the slice
@@ -177,15 +178,15 @@ __device__ void gemm(const LinearArgs &args) {
         next = next == (STAGES - 1) * STAGE ? 0 : next + STAGE;
         left -= CHUNK;
         if (left == 0 || column + CHUNK >= args.cols) {
-            multiply_stage<T, FORMAT, Tile, true>(total, sums, stages, start, panel, row);
+            multiply_stage<T, FORMAT, Block, true>(total, sums, stages, start, panel, row);
             left = args.slice;
         } else {
-            multiply_stage<T, FORMAT, Tile, false>(total, sums, stages, start, panel, row);
+            multiply_stage<T, FORMAT, Block, false>(total, sums, stages, start, panel, row);
         }
     }
     copy_wait<0>();
     __syncthreads();
-    store_block<T, Tile>(args, total, panel, row);
+    store_block<T, Block>(args, total, panel, row);
 }
 
 // Blocks of 128 rows of x and 192 of W, or 128 where these are unpacked as well; and of 64 × 64.

@@ -4,7 +4,6 @@
 #include "attention.cuh"
 
 static_assert(ATTENTION_WARPS == PAGES, "a page of a step for each warp to copy");
-constexpr int STEP_KEYS = PAGES * KV_PAGE;
 
 // Of a block, for heads of up to 32 · CHUNKS columns: two steps of keys and values as the lanes take them, and each
 // thread's own queries.
