@@ -17,6 +17,9 @@ use crate::weights::Encoding;
 /// Bytes of KV cache on a CPU when the caller names no size.
 const CPU_CACHE_BYTES: usize = 2 << 30;
 
+/// Environment variable that names a tier, for comparisons and to narrow down a fault.
+const TIER_VARIABLE: &str = "ASTRAI_CPU_TIER";
+
 /// Bytes of a device's memory for the cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CacheBudget {
@@ -38,16 +41,24 @@ impl Backend {
         }
     }
 
-    /// The CPU, with `num_threads` threads (all CPUs that the process may use when `None`).
+    /// The CPU, with `num_threads` threads (all CPUs that the process may use when `None`) and the widest tier
+    /// that it has, or the one that the environment variable `ASTRAI_CPU_TIER` names.
     pub fn cpu(num_threads: Option<usize>, dtype: DType) -> Result<Self> {
-        let cpu = Arc::new(Cpu::new(num_threads, dtype, Tier::detect())?);
-        Ok(Self { device: Device::Cpu, kind: Kind::Cpu(cpu) })
+        let tier = std::env::var_os(TIER_VARIABLE).filter(|name| !name.is_empty());
+        let tier =
+            tier.map_or_else(|| Ok(Tier::detect()), |name| Tier::parse(&name.to_string_lossy()));
+        let tier = tier.map_err(|error| error.context(TIER_VARIABLE))?;
+        Self::cpu_of(num_threads, dtype, tier)
     }
 
     /// As [`Self::cpu`] with the instructions of `tier` (see [`Self::tier`]); an error when this CPU
     /// lacks them. For tests and comparisons.
     pub fn cpu_with_tier(num_threads: Option<usize>, dtype: DType, tier: &str) -> Result<Self> {
-        let cpu = Arc::new(Cpu::new(num_threads, dtype, Tier::parse(tier)?)?);
+        Self::cpu_of(num_threads, dtype, Tier::parse(tier)?)
+    }
+
+    fn cpu_of(num_threads: Option<usize>, dtype: DType, tier: Tier) -> Result<Self> {
+        let cpu = Arc::new(Cpu::new(num_threads, dtype, tier)?);
         Ok(Self { device: Device::Cpu, kind: Kind::Cpu(cpu) })
     }
 

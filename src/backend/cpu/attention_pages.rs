@@ -13,7 +13,7 @@ use super::lanes::{Element, LANES, Lanes};
 use super::product::PairProduct;
 use super::product::{Exact, Product};
 #[cfg(target_arch = "x86_64")]
-use super::x86::{PairWords, Pairs};
+use super::x86_words::{PairWords, Pairs};
 use crate::config::BLOCK_SIZE;
 
 /// Pages whose keys are `[dim][16]` and whose values `[16][row]`, or have steps of both in their place.

@@ -5,20 +5,20 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
-use half::{bf16, f16};
+use half::bf16;
 
 use super::gemm::PanelTask;
 use super::lanes::Lanes;
 use super::memory::{Shared, written_by};
-use super::pack::{PANEL, Packed, Segment, block_len};
+use super::pack::{PANEL, Packed, Segment, block_bytes, block_len, scales};
 use super::product::{Dot, Exact, ProductKernel, run};
 #[cfg(target_arch = "x86_64")]
 use super::product::{IntegerDot, PairProduct};
+use super::source::{Reads, Source, Unpacked, Visitor, unpack, unpacked_bytes};
 #[cfg(target_arch = "x86_64")]
-use super::source::{BytePairs, DensePairs};
-use super::source::{Expanded, Nibbles, Plain, Source};
+use super::x86::Avx512;
 #[cfg(target_arch = "x86_64")]
-use super::x86::{Avx2, Avx512, Integers, Pairs};
+use super::x86_words::{Integers, Pairs};
 use super::{Arithmetic, Cpu};
 use crate::weights::Encoding;
 
@@ -28,7 +28,7 @@ const ROW_BLOCK_BYTES: usize = 512 << 10;
 const ROW_BLOCK_GROUPS: usize = 16;
 
 /// Groups of rows from which on panels are unpacked before they are multiplied.
-const EXPAND_FROM: usize = 3;
+const UNPACK_FROM: usize = 3;
 
 /// `x · Wᵀ + bias` for `x`: `[rows, cols]` → `[rows, W.rows]`.
 pub(crate) fn linear(cpu: &Cpu, x: &[f32], weight: &Packed) -> Vec<f32> {
@@ -185,10 +185,10 @@ impl Convert for Round {
 
 /// Pairs of columns rounded to integers of 16 bits.
 #[cfg(target_arch = "x86_64")]
-struct RoundToIntegers;
+struct RoundToIntegers<I>(PhantomData<I>);
 
 #[cfg(target_arch = "x86_64")]
-impl Convert for RoundToIntegers {
+impl<I: Integers> Convert for RoundToIntegers<I> {
     const STEP: usize = 2;
     const SCALED: bool = true;
 
@@ -198,15 +198,15 @@ impl Convert for RoundToIntegers {
         // Far below, the factor would overflow; nothing that matters is so small.
         const LEAST: f32 = 1e-30;
         // SAFETY: two times 16 values.
-        let (a, b) = unsafe { (Avx2::load(columns.as_ptr()), Avx2::load(columns[16..].as_ptr())) };
-        let zero = Avx2::splat(0.0);
+        let (a, b) = unsafe { (I::L::load(columns.as_ptr()), I::L::load(columns[16..].as_ptr())) };
+        let zero = I::L::splat(0.0);
         let (least, most) = (a.min(b), a.max(b));
         let size = most.max(zero.sub(least)).greatest();
         // NaN where a column is NaN or infinite: integers would hide it.
         let poison = a.sub(a).add(b.sub(b)).sum();
         let (factor, scale) =
             if size > LEAST { (LARGEST / size, size / LARGEST) } else { (0.0, 0.0) };
-        let (pairs, sum) = Integers::round(columns, factor);
+        let (pairs, sum) = I::round(columns, factor);
         let mut words = [0; 32];
         words[..16].copy_from_slice(&pairs);
         Converted { words, scale: scale + poison, sum: sum as f32 }
@@ -253,8 +253,8 @@ impl ProductKernel for PackGroup<'_> {
 
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
-    fn integers(self) {
-        self.each::<RoundToIntegers>();
+    fn integers<I: Integers>(self) {
+        self.each::<RoundToIntegers<I>>();
     }
 }
 
@@ -310,73 +310,77 @@ struct Panels<'a> {
 impl ProductKernel for Panels<'_> {
     #[inline(always)]
     fn exact<L: Lanes>(self) {
-        match self.segment.encoding {
-            Encoding::F32 => self.each::<Exact<L>, Plain<f32, 0, 1>>(),
-            Encoding::F16 => self.expanded::<Exact<L>, Plain<f16, 0, 1>>(),
-            Encoding::BF16 => self.expanded::<Exact<L>, Plain<bf16, 0, 1>>(),
-            Encoding::Q4_0 => self.expanded::<Exact<L>, Nibbles<8>>(),
-            Encoding::Q4_1 => self.expanded::<Exact<L>, Nibbles<0>>(),
-            Encoding::Q8_0 => self.expanded::<Exact<L>, Plain<i8, 1, 4>>(),
-        }
+        self.each::<Exact<L>>();
     }
 
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     fn pairs(self) {
-        match self.segment.encoding {
-            Encoding::BF16 => self.each::<PairProduct, DensePairs>(),
-            Encoding::Q4_0 => self.expanded::<PairProduct, Nibbles<8>>(),
-            Encoding::Q4_1 => self.expanded::<PairProduct, Nibbles<0>>(),
-            Encoding::Q8_0 => self.expanded::<PairProduct, BytePairs>(),
-            Encoding::F32 | Encoding::F16 => {
-                unreachable!("`Cpu::arithmetic` computes f32 and f16 weights exactly")
-            }
-        }
+        self.each::<PairProduct>();
     }
 
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
-    fn integers(self) {
-        match self.segment.encoding {
-            Encoding::Q4_0 => self.expanded::<IntegerDot, Nibbles<8>>(),
-            Encoding::Q4_1 => self.expanded::<IntegerDot, Nibbles<0>>(),
-            Encoding::Q8_0 => self.expanded::<IntegerDot, BytePairs>(),
-            Encoding::F32 | Encoding::F16 | Encoding::BF16 => {
-                unreachable!("only quantised numbers are integers")
-            }
+    fn integers<I: Integers>(self) {
+        self.each::<IntegerDot<I>>();
+    }
+}
+
+/// Multiplies all panels as they are packed.
+struct AsPacked<'a>(Panels<'a>);
+
+impl<P: Dot> Visitor<P> for AsPacked<'_> {
+    #[inline(always)]
+    fn visit<S: Source<P>>(self) {
+        for panel in self.0.range.clone() {
+            // SAFETY: the panel holds all blocks by `Segment::stride`.
+            unsafe { self.0.panel::<P, S>(panel, self.0.segment.panel(panel).as_ptr()) }
         }
     }
 }
 
-impl Panels<'_> {
-    #[inline(always)]
-    fn each<P: Dot, S: Source<P>>(self) {
-        for panel in self.range.clone() {
-            // SAFETY: the panel holds all blocks by `Segment::stride`.
-            unsafe { self.panel::<P, S>(panel, self.segment.panel(panel).as_ptr()) }
-        }
-    }
+/// Unpacks a panel.
+struct Unpack {
+    panel: *const u8,
+    blocks: usize,
+    to: *mut u8,
+}
 
+impl<P: Dot> Visitor<P> for Unpack {
+    #[inline(always)]
+    fn visit<S: Source<P>>(self) {
+        // SAFETY: `Panels::each` hands a whole panel and room for it.
+        unsafe { unpack::<P, S>(self.panel, self.blocks, self.to) }
+    }
+}
+
+impl Panels<'_> {
     /// Unpacks each panel first where enough groups of rows share it; the sums are the same.
     #[inline(always)]
-    fn expanded<P: Dot, S: Source<P>>(self) {
-        if self.groups.len() < EXPAND_FROM {
-            return self.each::<P, S>();
+    fn each<P: Reads>(self) {
+        let encoding = self.segment.encoding;
+        let bytes = unpacked_bytes::<P>(scales(encoding), block_len(encoding));
+        if self.groups.len() < UNPACK_FROM || bytes == block_bytes(encoding) {
+            return P::visit(encoding, AsPacked(self));
         }
         let blocks = self.blocks();
         let spare = || self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut expanded = spare().pop().unwrap_or_default();
-        expanded.resize(blocks * Expanded::<S>::block_bytes::<P>() / size_of::<u32>(), 0);
+        let mut unpacked = spare().pop().unwrap_or_default();
+        unpacked.resize(blocks * bytes / size_of::<u32>(), 0);
+        let to: *mut u8 = unpacked.as_mut_ptr().cast();
         for panel in self.range.clone() {
-            let bytes = self.segment.panel(panel);
-            // SAFETY: the panel holds all blocks by `Segment::stride`, and `expanded` has room for them.
+            P::visit(encoding, Unpack { panel: self.segment.panel(panel).as_ptr(), blocks, to });
+            // SAFETY: all blocks have just been unpacked.
             unsafe {
-                let to = expanded.as_mut_ptr().cast();
-                Expanded::<S>::expand::<P>(bytes.as_ptr(), blocks, to);
-                self.panel::<P, Expanded<S>>(panel, to);
+                match scales(encoding) {
+                    // Pairs are packed as they are multiplied, and integers have scales.
+                    0 if P::STEP == 1 => self.panel::<P, Unpacked<0>>(panel, to),
+                    0 | 1 => self.panel::<P, Unpacked<1>>(panel, to),
+                    _ => self.panel::<P, Unpacked<2>>(panel, to),
+                }
             }
         }
-        spare().push(expanded);
+        spare().push(unpacked);
     }
 
     /// Blocks of a panel.

@@ -19,6 +19,8 @@ mod source;
 mod tier;
 #[cfg(target_arch = "x86_64")]
 mod x86;
+#[cfg(target_arch = "x86_64")]
+mod x86_words;
 
 use std::sync::Mutex;
 
@@ -89,9 +91,9 @@ impl Cpu {
             _ if !is_rounded => Arithmetic::Exact,
             (_, Encoding::F32 | Encoding::F16) => Arithmetic::Exact,
             (Tier::Avx512Bf16, _) => Arithmetic::Pairs,
-            // Wider machines without bf16 may gain from it too: it has not been measured there.
-            (Tier::Avx2, Encoding::Q4_0 | Encoding::Q4_1 | Encoding::Q8_0) => Arithmetic::Integers,
-            _ => Arithmetic::Exact,
+            // Without VNNI a wide machine multiplies as many f32 as pairs of integers.
+            (Tier::Portable | Tier::Avx512, _) | (_, Encoding::BF16) => Arithmetic::Exact,
+            (_, Encoding::Q4_0 | Encoding::Q4_1 | Encoding::Q8_0) => Arithmetic::Integers,
         }
     }
 }

@@ -74,16 +74,24 @@ pub(super) fn block_len(encoding: Encoding) -> usize {
     encoding.block_len().max(8)
 }
 
+/// f16 numbers per row in front of each block: none, a scale, or a scale and a minimum.
+pub(super) fn scales(encoding: Encoding) -> usize {
+    match encoding {
+        Encoding::F32 | Encoding::F16 | Encoding::BF16 => 0,
+        Encoding::Q4_0 | Encoding::Q8_0 => 1,
+        Encoding::Q4_1 => 2,
+    }
+}
+
 /// Bytes of one block of a panel.
 pub(super) fn block_bytes(encoding: Encoding) -> usize {
-    let scales = PANEL * 2;
-    match encoding {
-        Encoding::F32 => PANEL * 8 * 4,
-        Encoding::F16 | Encoding::BF16 => PANEL * 8 * 2,
-        Encoding::Q4_0 => scales + PANEL * 16,
-        Encoding::Q4_1 => 2 * scales + PANEL * 16,
-        Encoding::Q8_0 => scales + PANEL * 32,
-    }
+    let bits = match encoding {
+        Encoding::F32 => 32,
+        Encoding::F16 | Encoding::BF16 => 16,
+        Encoding::Q8_0 => 8,
+        Encoding::Q4_0 | Encoding::Q4_1 => 4,
+    };
+    PANEL * (2 * scales(encoding) + block_len(encoding) * bits / 8)
 }
 
 /// The encoding that a stored one is kept in.
@@ -166,11 +174,7 @@ fn pack_panel(
     encoding: Encoding,
     arithmetic: Arithmetic,
 ) {
-    let scales = match encoding {
-        Encoding::F32 | Encoding::F16 | Encoding::BF16 => 0,
-        Encoding::Q4_0 | Encoding::Q8_0 => 1,
-        Encoding::Q4_1 => 2,
-    };
+    let scales = scales(encoding);
     let len = block_len(encoding) / encoding.block_len() * encoding.block_bytes();
     for (index, block) in panel.chunks_exact_mut(block_bytes(encoding)).enumerate() {
         let stored = |lane: usize| rows.get(lane).map(|row| &row[index * len..(index + 1) * len]);

@@ -10,17 +10,23 @@ use super::lanes::LANES;
 use super::lanes::Lanes;
 use super::tier::{Kernel, Tier};
 #[cfg(target_arch = "x86_64")]
-use super::x86::{Avx2, Avx512, Integers, PairWords, Pairs};
+use super::x86::Avx512;
+#[cfg(target_arch = "x86_64")]
+use super::x86_words::{Integers, Integers256, Integers512, PairWords, Pairs};
 
-/// How weights and activations multiply. Activations are 32-bit words, one per step.
-pub(super) trait Product {
+/// How the weights of a panel, or keys and values, multiply with activations: 32-bit words, one per step.
+pub(super) trait Dot {
     type L: Lanes;
     /// Weights of a tile's 16 rows at one step.
     type Weights: Copy;
     /// An activation, in all lanes.
     type X: Copy;
+    /// Sums of a tile's 16 rows.
+    type Sum: Copy;
     /// `k` per step.
     const STEP: usize;
+    /// Whether activations are multiples of a scale, one for each 32.
+    const SCALED: bool = false;
 
     /// # Safety
     /// `p` is valid for a read.
@@ -31,7 +37,17 @@ pub(super) trait Product {
     /// # Safety
     /// `p` is valid for writes of 64 bytes.
     unsafe fn store(weights: Self::Weights, p: *mut u8);
-    fn multiply(weights: Self::Weights, x: Self::X, sum: Self::L) -> Self::L;
+    fn multiply(weights: Self::Weights, x: Self::X, sum: Self::Sum) -> Self::Sum;
+    /// What the sum of a block starts with, for weights that are stored plus `offset` and activations
+    /// whose sum is `sum`.
+    fn start(sum: f32, offset: i32) -> Self::Sum;
+    /// A sum of other blocks, to go on with.
+    fn resume(total: Self::L) -> Self::Sum;
+    fn numbers(sum: Self::Sum) -> Self::L;
+}
+
+/// A [`Dot`] whose sums are f32, of numbers without scales: also for attention.
+pub(super) trait Product: Dot<Sum = <Self as Dot>::L> {
     /// Words whose sum stands for a number where rounding to one is too coarse.
     const PARTS: usize;
     /// Takes away from each number what [`Self::pack`] keeps of it.
@@ -40,13 +56,32 @@ pub(super) trait Product {
     fn pack(x: &mut [[f32; 32]]);
 }
 
+/// What [`Dot`] asks about sums that are f32.
+macro_rules! f32_sums {
+    () => {
+        #[inline(always)]
+        fn start(_: f32, _: i32) -> Self::L {
+            Self::L::splat(0.0)
+        }
+        #[inline(always)]
+        fn resume(total: Self::L) -> Self::L {
+            total
+        }
+        #[inline(always)]
+        fn numbers(sum: Self::L) -> Self::L {
+            sum
+        }
+    };
+}
+
 /// f32 weights times f32 activations.
 pub(super) struct Exact<L>(PhantomData<L>);
 
-impl<L: Lanes> Product for Exact<L> {
+impl<L: Lanes> Dot for Exact<L> {
     type L = L;
     type Weights = L;
     type X = L;
+    type Sum = L;
     const STEP: usize = 1;
 
     #[inline(always)]
@@ -68,7 +103,12 @@ impl<L: Lanes> Product for Exact<L> {
     fn multiply(weights: L, x: L, sum: L) -> L {
         weights.fma(x, sum)
     }
+    f32_sums!();
+}
+
+impl<L: Lanes> Product for Exact<L> {
     const PARTS: usize = 1;
+
     #[inline(always)]
     fn subtract(_: &mut [[f32; 32]], _: &[[f32; 32]]) {}
     #[inline(always)]
@@ -80,10 +120,11 @@ impl<L: Lanes> Product for Exact<L> {
 pub(super) struct PairProduct;
 
 #[cfg(target_arch = "x86_64")]
-impl Product for PairProduct {
+impl Dot for PairProduct {
     type L = Avx512;
     type Weights = Pairs;
     type X = Pairs;
+    type Sum = Avx512;
     const STEP: usize = 2;
 
     #[inline(always)]
@@ -105,7 +146,13 @@ impl Product for PairProduct {
     fn multiply(weights: Pairs, x: Pairs, sum: Avx512) -> Avx512 {
         weights.dot(x, sum)
     }
+    f32_sums!();
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Product for PairProduct {
     const PARTS: usize = 2;
+
     #[inline(always)]
     fn subtract(x: &mut [[f32; 32]], packed: &[[f32; 32]]) {
         let kept = packed.as_ptr().cast::<half::bf16>();
@@ -127,122 +174,52 @@ impl Product for PairProduct {
     }
 }
 
-/// How the weights of a panel multiply: a [`Product`], or [`IntegerDot`].
-pub(super) trait Dot {
-    type L: Lanes;
-    /// Weights of a tile's 16 rows at one step.
-    type Weights: Copy;
-    /// Activations of a step, for all lanes.
-    type X: Copy;
-    /// Sums of a tile's 16 rows.
-    type Sum: Copy;
-    /// `k` per step.
-    const STEP: usize;
-    /// Whether activations are multiples of a scale, one for each 32.
-    const SCALED: bool;
-
-    /// # Safety
-    /// `p` is valid for a read.
-    unsafe fn broadcast(p: *const u32) -> Self::X;
-    /// # Safety
-    /// `p` is valid for reads of 64 bytes.
-    unsafe fn load(p: *const u8) -> Self::Weights;
-    /// # Safety
-    /// `p` is valid for writes of 64 bytes.
-    unsafe fn store(weights: Self::Weights, p: *mut u8);
-    fn multiply(weights: Self::Weights, x: Self::X, sum: Self::Sum) -> Self::Sum;
-    /// What the sum of a block starts with, for weights that are stored plus `offset` and activations
-    /// whose sum is `sum`.
-    fn start(sum: f32, offset: i32) -> Self::Sum;
-    /// A sum of other blocks, to go on with.
-    fn resume(total: Self::L) -> Self::Sum;
-    fn numbers(sum: Self::Sum) -> Self::L;
-}
-
-impl<P: Product> Dot for P {
-    type L = P::L;
-    type Weights = P::Weights;
-    type X = P::X;
-    type Sum = P::L;
-    const STEP: usize = P::STEP;
-    const SCALED: bool = false;
-
-    #[inline(always)]
-    unsafe fn broadcast(p: *const u32) -> P::X {
-        // SAFETY: the caller's contract.
-        unsafe { P::broadcast(p) }
-    }
-    #[inline(always)]
-    unsafe fn load(p: *const u8) -> P::Weights {
-        // SAFETY: the caller's contract.
-        unsafe { P::load(p) }
-    }
-    #[inline(always)]
-    unsafe fn store(weights: P::Weights, p: *mut u8) {
-        // SAFETY: the caller's contract.
-        unsafe { P::store(weights, p) }
-    }
-    #[inline(always)]
-    fn multiply(weights: P::Weights, x: P::X, sum: P::L) -> P::L {
-        P::multiply(weights, x, sum)
-    }
-    #[inline(always)]
-    fn start(_: f32, _: i32) -> P::L {
-        P::L::splat(0.0)
-    }
-    #[inline(always)]
-    fn resume(total: P::L) -> P::L {
-        total
-    }
-    #[inline(always)]
-    fn numbers(sum: P::L) -> P::L {
-        sum
-    }
-}
-
 /// Small integers times activations of 16 bits, summed exactly over a block.
 #[cfg(target_arch = "x86_64")]
-pub(super) struct IntegerDot;
+pub(super) struct IntegerDot<I>(PhantomData<I>);
 
 #[cfg(target_arch = "x86_64")]
-impl Dot for IntegerDot {
-    type L = Avx2;
-    type Weights = Integers;
-    type X = Integers;
-    type Sum = Integers;
+impl<I: Integers> Dot for IntegerDot<I> {
+    type L = I::L;
+    type Weights = I;
+    type X = I;
+    type Sum = I;
     const STEP: usize = 2;
     const SCALED: bool = true;
 
     #[inline(always)]
-    unsafe fn broadcast(p: *const u32) -> Integers {
+    unsafe fn broadcast(p: *const u32) -> I {
         // SAFETY: the caller's contract.
-        Integers::splat(unsafe { p.read() }.cast_signed())
+        I::splat(unsafe { p.read() }.cast_signed())
     }
     #[inline(always)]
-    unsafe fn load(p: *const u8) -> Integers {
+    unsafe fn load(p: *const u8) -> I {
         // SAFETY: the caller's contract.
-        unsafe { Integers::load(p) }
+        unsafe { I::load(p) }
     }
     #[inline(always)]
-    unsafe fn store(weights: Integers, p: *mut u8) {
+    unsafe fn store(weights: I, p: *mut u8) {
         // SAFETY: the caller's contract.
         unsafe { weights.store(p) }
     }
     #[inline(always)]
-    fn multiply(weights: Integers, x: Integers, sum: Integers) -> Integers {
+    fn multiply(weights: I, x: I, sum: I) -> I {
         weights.dot(x, sum)
     }
     #[inline(always)]
-    fn start(sum: f32, offset: i32) -> Integers {
+    fn start(sum: f32, offset: i32) -> I {
+        if offset == 0 {
+            return I::splat(0);
+        }
         // Of 32 integers within ±32767 an f32 holds eight times the sum exactly.
-        Integers::from_numbers(Avx2::splat(sum * -(offset as f32)))
+        I::from_numbers(I::L::splat(sum * -(offset as f32)))
     }
     #[inline(always)]
-    fn resume(_: Avx2) -> Integers {
+    fn resume(_: I::L) -> I {
         unreachable!("integers have scales, so each block has sums of its own")
     }
     #[inline(always)]
-    fn numbers(sum: Integers) -> Avx2 {
+    fn numbers(sum: I) -> I::L {
         sum.numbers()
     }
 }
@@ -253,7 +230,7 @@ pub(super) trait ProductKernel: Sized {
     #[cfg(target_arch = "x86_64")]
     fn pairs(self);
     #[cfg(target_arch = "x86_64")]
-    fn integers(self) {
+    fn integers<I: Integers>(self) {
         unreachable!("only projections have integers");
     }
 }
@@ -272,9 +249,15 @@ pub(super) fn run<K: ProductKernel>(tier: Tier, arithmetic: Arithmetic, kernel: 
         // SAFETY: `Cpu::arithmetic` chooses pairs only in the tier that has the instruction.
         #[cfg(target_arch = "x86_64")]
         Arithmetic::Pairs => unsafe { run_pairs(kernel) },
-        // SAFETY: as above, for integers.
+        // SAFETY: as above; a tier has its instructions.
         #[cfg(target_arch = "x86_64")]
-        Arithmetic::Integers => unsafe { run_integers(kernel) },
+        Arithmetic::Integers => unsafe {
+            match tier {
+                Tier::AvxVnni => run_avx_vnni(kernel),
+                Tier::Avx512Vnni => run_avx512_vnni(kernel),
+                _ => run_avx2(kernel),
+            }
+        },
         #[cfg(not(target_arch = "x86_64"))]
         Arithmetic::Pairs | Arithmetic::Integers => {
             unreachable!("`Cpu::arithmetic` never chooses them here")
@@ -290,6 +273,18 @@ fn run_pairs<K: ProductKernel>(kernel: K) {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn run_integers<K: ProductKernel>(kernel: K) {
-    kernel.integers();
+fn run_avx2<K: ProductKernel>(kernel: K) {
+    kernel.integers::<Integers256<false>>();
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+fn run_avx_vnni<K: ProductKernel>(kernel: K) {
+    kernel.integers::<Integers256<true>>();
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn run_avx512_vnni<K: ProductKernel>(kernel: K) {
+    kernel.integers::<Integers512>();
 }

@@ -3,13 +3,16 @@
 
 use std::marker::PhantomData;
 
+use half::{bf16, f16};
+
 use super::lanes::{Element, LANES, Lanes, array_of};
 use super::pack::PANEL;
 use super::product::{Dot, Exact};
 #[cfg(target_arch = "x86_64")]
 use super::product::{IntegerDot, PairProduct};
 #[cfg(target_arch = "x86_64")]
-use super::x86::{Integers, PairWords, Pairs};
+use super::x86_words::{Integers, PairWords, Pairs};
+use crate::weights::Encoding;
 
 /// Bytes of [`Dot::Weights`] in memory.
 const WEIGHTS_BYTES: usize = 4 * LANES;
@@ -40,6 +43,15 @@ pub(super) trait Source<P: Dot> {
     /// # Safety
     /// `raw` was made of a group that is still there, and `step` is below `STEPS`.
     unsafe fn weights(raw: Self::Raw, step: usize) -> P::Weights;
+    /// The same without [`Self::OFFSET`].
+    ///
+    /// # Safety
+    /// As for `weights`.
+    #[inline(always)]
+    unsafe fn numbers(raw: Self::Raw, step: usize) -> P::Weights {
+        // SAFETY: the caller's contract.
+        unsafe { Self::weights(raw, step) }
+    }
 }
 
 /// Numbers that widen to f32; `SCALES` 1 for `Q8_0`.
@@ -107,8 +119,8 @@ impl<const OFFSET: usize> Source<PairProduct> for Nibbles<OFFSET> {
 }
 
 #[cfg(target_arch = "x86_64")]
-impl<const OFFSET: usize> Source<IntegerDot> for Nibbles<OFFSET> {
-    type Raw = Integers;
+impl<I: Integers, const OFFSET: usize> Source<IntegerDot<I>> for Nibbles<OFFSET> {
+    type Raw = I;
     const SCALES: usize = if OFFSET == 0 { 2 } else { 1 };
     const GROUPS: usize = 4;
     const STEPS: usize = 4;
@@ -116,13 +128,17 @@ impl<const OFFSET: usize> Source<IntegerDot> for Nibbles<OFFSET> {
     const OFFSET: i32 = OFFSET as i32;
 
     #[inline(always)]
-    unsafe fn raw(group: *const u8, tile: usize) -> Integers {
+    unsafe fn raw(group: *const u8, tile: usize) -> I {
         // SAFETY: the caller's contract; a tile has 64 bytes.
-        unsafe { Integers::load(group.add(tile * 64)) }
+        unsafe { I::load(group.add(tile * 64)) }
     }
     #[inline(always)]
-    unsafe fn weights(raw: Integers, step: usize) -> Integers {
+    unsafe fn weights(raw: I, step: usize) -> I {
         raw.nibble(step)
+    }
+    #[inline(always)]
+    unsafe fn numbers(raw: I, step: usize) -> I {
+        raw.nibble(step).minus(I::splat(OFFSET as i32 * 0x1_0001))
     }
 }
 
@@ -172,17 +188,15 @@ impl<P: Dot<Weights: PairWords>> Source<P> for BytePairs {
     }
 }
 
-/// A panel of another source with its numbers as they are multiplied: for many rows, so that the numbers are
-/// unpacked once.
-pub(super) struct Expanded<S>(PhantomData<S>);
+/// What [`unpack`] makes of a source with as many `SCALES`: numbers as they are multiplied.
+pub(super) struct Unpacked<const SCALES: usize>;
 
-impl<P: Dot, S: Source<P>> Source<P> for Expanded<S> {
+impl<P: Dot, const SCALES: usize> Source<P> for Unpacked<SCALES> {
     type Raw = *const u8;
-    const SCALES: usize = S::SCALES;
-    const GROUPS: usize = S::GROUPS;
-    const STEPS: usize = S::STEPS;
-    const BYTES: usize = S::STEPS * 2 * WEIGHTS_BYTES;
-    const OFFSET: i32 = S::OFFSET;
+    const SCALES: usize = SCALES;
+    const GROUPS: usize = if SCALES == 0 { 1 } else { 4 };
+    const STEPS: usize = 8 / P::STEP;
+    const BYTES: usize = 8 / P::STEP * 2 * WEIGHTS_BYTES;
     const BOTH_TILES: bool = false;
     const STREAMED: bool = false;
 
@@ -197,45 +211,93 @@ impl<P: Dot, S: Source<P>> Source<P> for Expanded<S> {
     }
 }
 
-impl<S> Expanded<S> {
-    /// Bytes of an expanded block.
-    pub(super) const fn block_bytes<P: Dot>() -> usize
-    where
-        S: Source<P>,
-    {
-        S::SCALES * PANEL * 2 + S::GROUPS * <Self as Source<P>>::BYTES
-    }
+/// Bytes of a block of `numbers` for each row, as [`unpack`] writes it.
+pub(super) const fn unpacked_bytes<P: Dot>(scales: usize, numbers: usize) -> usize {
+    scales * PANEL * 2 + numbers / P::STEP * 2 * WEIGHTS_BYTES
+}
 
-    /// Expands a panel of `blocks` blocks.
-    ///
-    /// # Safety
-    /// `panel` points to the whole panel, `to` to room for as many blocks.
-    #[inline(always)]
-    pub(super) unsafe fn expand<P: Dot>(panel: *const u8, blocks: usize, to: *mut u8)
-    where
-        S: Source<P>,
-    {
-        let (head, bytes) = (S::SCALES * PANEL * 2, <Self as Source<P>>::BYTES);
-        for block in 0..blocks {
-            // SAFETY: the caller's contract.
-            unsafe {
-                let from = panel.add(block * (head + S::GROUPS * S::BYTES));
-                let to = to.add(block * Self::block_bytes::<P>());
-                from.copy_to_nonoverlapping(to, head);
-                for group in 0..S::GROUPS {
-                    let raw = array_of!(t < 2 => S::raw(from.add(head + group * S::BYTES), t));
-                    let to = to.add(head + group * bytes);
-                    macro_rules! steps {
-                        ($($step:literal)*) => {$(
-                            if $step < S::STEPS {
-                                let to = to.add($step * 2 * WEIGHTS_BYTES);
-                                P::store(S::weights(raw[0], $step), to);
-                                P::store(S::weights(raw[1], $step), to.add(WEIGHTS_BYTES));
-                            }
-                        )*};
-                    }
-                    steps!(0 1 2 3 4 5 6 7);
+/// Unpacks a panel of `blocks` blocks, for many rows: so that it is done once.
+///
+/// # Safety
+/// `panel` points to the whole panel, `to` to room for as many blocks.
+#[inline(always)]
+pub(super) unsafe fn unpack<P: Dot, S: Source<P>>(panel: *const u8, blocks: usize, to: *mut u8) {
+    let (head, bytes) = (S::SCALES * PANEL * 2, S::STEPS * 2 * WEIGHTS_BYTES);
+    for block in 0..blocks {
+        // SAFETY: the caller's contract.
+        unsafe {
+            let from = panel.add(block * (head + S::GROUPS * S::BYTES));
+            let to = to.add(block * (head + S::GROUPS * bytes));
+            from.copy_to_nonoverlapping(to, head);
+            for group in 0..S::GROUPS {
+                let raw = array_of!(t < 2 => S::raw(from.add(head + group * S::BYTES), t));
+                let to = to.add(head + group * bytes);
+                macro_rules! steps {
+                    ($($step:literal)*) => {$(
+                        if $step < S::STEPS {
+                            let to = to.add($step * 2 * WEIGHTS_BYTES);
+                            P::store(S::numbers(raw[0], $step), to);
+                            P::store(S::numbers(raw[1], $step), to.add(WEIGHTS_BYTES));
+                        }
+                    )*};
                 }
+                steps!(0 1 2 3 4 5 6 7);
+            }
+        }
+    }
+}
+
+/// A [`Dot`] that reads panels of every encoding it is used with.
+pub(super) trait Reads: Dot + Sized {
+    /// Visits the source of an encoding.
+    fn visit<V: Visitor<Self>>(encoding: Encoding, visitor: V);
+}
+
+/// What is done with a source. Must be inlined, as all that is hot.
+pub(super) trait Visitor<P: Dot> {
+    fn visit<S: Source<P>>(self);
+}
+
+impl<L: Lanes> Reads for Exact<L> {
+    #[inline(always)]
+    fn visit<V: Visitor<Self>>(encoding: Encoding, visitor: V) {
+        match encoding {
+            Encoding::F32 => visitor.visit::<Plain<f32, 0, 1>>(),
+            Encoding::F16 => visitor.visit::<Plain<f16, 0, 1>>(),
+            Encoding::BF16 => visitor.visit::<Plain<bf16, 0, 1>>(),
+            Encoding::Q4_0 => visitor.visit::<Nibbles<8>>(),
+            Encoding::Q4_1 => visitor.visit::<Nibbles<0>>(),
+            Encoding::Q8_0 => visitor.visit::<Plain<i8, 1, 4>>(),
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Reads for PairProduct {
+    #[inline(always)]
+    fn visit<V: Visitor<Self>>(encoding: Encoding, visitor: V) {
+        match encoding {
+            Encoding::BF16 => visitor.visit::<DensePairs>(),
+            Encoding::Q4_0 => visitor.visit::<Nibbles<8>>(),
+            Encoding::Q4_1 => visitor.visit::<Nibbles<0>>(),
+            Encoding::Q8_0 => visitor.visit::<BytePairs>(),
+            Encoding::F32 | Encoding::F16 => {
+                unreachable!("`Cpu::arithmetic` computes f32 and f16 weights exactly")
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl<I: Integers> Reads for IntegerDot<I> {
+    #[inline(always)]
+    fn visit<V: Visitor<Self>>(encoding: Encoding, visitor: V) {
+        match encoding {
+            Encoding::Q4_0 => visitor.visit::<Nibbles<8>>(),
+            Encoding::Q4_1 => visitor.visit::<Nibbles<0>>(),
+            Encoding::Q8_0 => visitor.visit::<BytePairs>(),
+            Encoding::F32 | Encoding::F16 | Encoding::BF16 => {
+                unreachable!("only quantised numbers are integers")
             }
         }
     }

@@ -13,9 +13,13 @@ pub(crate) enum Tier {
     Portable,
     /// AVX2, FMA and F16C.
     Avx2,
+    /// The same with AVX-VNNI, which multiplies 16-bit integers and adds at once.
+    AvxVnni,
     /// AVX-512 F, BW, DQ and VL.
     Avx512,
-    /// The same with the bf16 dot product.
+    /// The same with VNNI.
+    Avx512Vnni,
+    /// AVX-512 with the bf16 dot product.
     Avx512Bf16,
 }
 
@@ -27,7 +31,14 @@ pub(super) trait Kernel {
 
 impl Tier {
     /// All tiers, narrowest first.
-    pub(crate) const ALL: [Self; 4] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Bf16];
+    pub(crate) const ALL: [Self; 6] = [
+        Self::Portable,
+        Self::Avx2,
+        Self::AvxVnni,
+        Self::Avx512,
+        Self::Avx512Vnni,
+        Self::Avx512Bf16,
+    ];
 
     /// The widest tier that this CPU has.
     pub(crate) fn detect() -> Self {
@@ -38,7 +49,9 @@ impl Tier {
         match self {
             Self::Portable => "portable",
             Self::Avx2 => "avx2",
+            Self::AvxVnni => "avxvnni",
             Self::Avx512 => "avx512",
+            Self::Avx512Vnni => "avx512vnni",
             Self::Avx512Bf16 => "avx512bf16",
         }
     }
@@ -71,7 +84,9 @@ impl Tier {
         match self {
             Self::Portable => true,
             Self::Avx2 => avx2,
+            Self::AvxVnni => avx2 && is_x86_feature_detected!("avxvnni"),
             Self::Avx512 => avx512,
+            Self::Avx512Vnni => avx512 && is_x86_feature_detected!("avx512vnni"),
             Self::Avx512Bf16 => avx512 && is_x86_feature_detected!("avx512bf16"),
         }
     }
@@ -86,10 +101,10 @@ impl Tier {
         match self {
             // SAFETY: a `Tier` is only made by `detect` and `parse`, which look for the features.
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 | Self::Avx512Bf16 => unsafe { run_avx512(kernel) },
+            Self::Avx512 | Self::Avx512Vnni | Self::Avx512Bf16 => unsafe { run_avx512(kernel) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => unsafe { run_avx2(kernel) },
+            Self::Avx2 | Self::AvxVnni => unsafe { run_avx2(kernel) },
             _ => kernel.run::<Portable>(),
         }
     }
