@@ -336,6 +336,18 @@ def test_doctor():
         assert rows[name], name
 
 
+def test_a_tier_of_the_cpu_can_be_forced(monkeypatch, case):
+    monkeypatch.setenv("ASTRAI_CPU_TIER", "portable")
+    code, out, _ = run("doctor", model=None)
+    assert code == 0
+    assert "portable" in next(line for line in out.splitlines() if line.startswith("tier"))
+    monkeypatch.setenv("ASTRAI_CPU_TIER", "sse9")
+    code, _, err = run("run", "-t", 0, "-n", 1, case["prompt"])
+    assert code != 0
+    assert "ASTRAI_CPU_TIER: tier must be one of portable" in err
+    assert "'sse9'" in err or '"sse9"' in err
+
+
 def test_help_without_loading_the_core():
     program = START.replace("runpy.run", "sys.modules['astrai_rs._core'] = None; runpy.run")
     with python("-c", program, "--help") as process:
