@@ -53,17 +53,17 @@ fn linear_matches_the_reference() {
 /// Tiers in which quantised weights meet 16-bit integers.
 const INTEGER_TIERS: [&str; 3] = ["avx2", "avxvnni", "avx512vnni"];
 
-/// To bf16, or to 16-bit multiples of a scale for each 32.
-fn rounded(x: &[f32], to_integers: bool) -> Vec<f32> {
+/// Rows to bf16, or to 16-bit multiples of a scale for each row.
+fn rounded(x: &[f32], cols: usize, to_integers: bool) -> Vec<f32> {
     if !to_integers {
         return x.iter().map(|&x| half::bf16::from_f32(x).to_f32()).collect();
     }
-    let block = |block: &[f32]| {
-        let largest = block.iter().fold(0.0_f32, |a, x| a.max(x.abs()));
-        let round = |x: f32| (x * (32767.0 / largest)).round_ties_even() * (largest / 32767.0);
-        block.iter().copied().map(round).collect::<Vec<_>>()
+    let row = |row: &[f32]| {
+        let scale = row.iter().fold(0.0_f32, |a, x| a.max(x.abs())) / 32767.0;
+        let round = |x: f32| (x * (1.0 / scale)).round_ties_even() * scale;
+        row.iter().copied().map(round).collect::<Vec<_>>()
     };
-    x.chunks(32).flat_map(block).collect()
+    x.chunks(cols).flat_map(row).collect()
 }
 
 #[test]
@@ -76,7 +76,7 @@ fn fast_arithmetic_is_exact_but_for_the_rounding_of_activations() {
             let packed = backend.pack(&[weight], None).unwrap();
             let to_integers = INTEGER_TIERS.contains(&backend.tier()) && encoding != Encoding::BF16;
             let given = random.floats(3 * 256);
-            let x = rounded(&given, to_integers);
+            let x = rounded(&given, 256, to_integers);
             let given = if to_integers { &given } else { &x };
             let got = backend.linear(&tensor(given, &[3, 256]), &packed).unwrap();
             let want = reference::linear(&x, &plain, 256, None);

@@ -76,6 +76,8 @@ def test_gguf_tokens_that_are_not_text():
         ({"tokenizer.ggml.tokens": None}, CheckpointError, "no tokenizer.ggml.tokens"),
         ({"tokenizer.ggml.merges": None}, CheckpointError, "no tokenizer.ggml.merges"),
         ({"tokenizer.ggml.merges": ["ab"]}, CheckpointError, "merges has 'ab'"),
+        ({"tokenizer.ggml.merges": ["a b", "a b a", "b"]}, CheckpointError, "merges has 'a b a'"),
+        ({"tokenizer.ggml.merges": ["a b", "a "]}, CheckpointError, "merges has 'a '"),
         ({"tokenizer.ggml.model": "llama"}, CheckpointError, "no tokenizer.ggml.scores"),
     ],
 )

@@ -27,9 +27,10 @@ pub(super) struct PanelTask {
     pub(super) blocks: usize,
     /// Activations `[step][row]`.
     pub(super) x: *const u32,
-    /// What is known of the activations of each block: `[block][row]` sums, read where there are minima; or,
-    /// for [`Dot::SCALED`], `[block][2][row]` scales and sums in units of them.
-    pub(super) about: *const f32,
+    /// `[block][row]` sums of the activations, read where there are minima or a [`Source::OFFSET`].
+    pub(super) sums: *const f32,
+    /// What each row's activations and sums count in, for [`Dot::SCALED`].
+    pub(super) scales: *const f32,
     /// The panel's bias, or null. As many as `cols`.
     pub(super) bias: *const f32,
     /// Output of the first row and the panel's first column.
@@ -80,11 +81,11 @@ impl PanelTask {
                 let scales = self.panel.add(block * block_bytes);
                 prefetch_ahead::<P, S, M>(scales, S::SCALES * PANEL * 2, first);
                 let groups = scales.add(S::SCALES * PANEL * 2);
-                let about = self.about.wrapping_add(block * if P::SCALED { 2 * M } else { M });
+                let sums = self.sums.wrapping_add(block * M);
                 let mut part = array_of!(r < M => if S::SCALES == 0 {
                     array_of!(t < T => P::resume(total[r][t]))
                 } else {
-                    let sum = if P::SCALED && S::OFFSET != 0 { *about.add(M + r) } else { 0.0 };
+                    let sum = if S::OFFSET != 0 { *sums.add(r) } else { 0.0 };
                     [P::start(sum, S::OFFSET); T]
                 });
                 for group in 0..S::GROUPS {
@@ -94,12 +95,20 @@ impl PanelTask {
                 if S::SCALES == 0 {
                     total = array_of!(r < M => array_of!(t < T => P::numbers(part[r][t])));
                 } else {
-                    scale_block::<P, S, M, T>(scales.cast(), first, about, &part, &mut total);
+                    scale_block::<P, S, M, T>(scales.cast(), first, sums, &part, &mut total);
                 }
             }
         }
         // SAFETY: the caller's contract.
-        unsafe { self.write(first, &total) }
+        unsafe {
+            if P::SCALED {
+                total = array_of!(r < M => {
+                    let scale = P::L::splat(*self.scales.add(r));
+                    array_of!(t < T => total[r][t].mul(scale))
+                });
+            }
+            self.write(first, &total);
+        }
     }
 
     /// # Safety
@@ -212,24 +221,21 @@ unsafe fn multiply_step<P: Dot, S: Source<P>, const M: usize, const T: usize>(
 unsafe fn scale_block<P: Dot, S: Source<P>, const M: usize, const T: usize>(
     scales: *const f16,
     first: usize,
-    about: *const f32,
+    sums: *const f32,
     part: &[[P::Sum; T]; M],
     total: &mut [[P::L; T]; M],
 ) {
-    // SAFETY: the caller hands `SCALES` times 32 numbers, and what is known of `M` rows of activations.
+    // SAFETY: the caller hands `SCALES` times 32 numbers, and sums of `M` rows of activations where they are read.
     unsafe {
         for t in 0..T {
             let scale = P::L::load_f16(scales.add((first + t) * LANES));
-            for (r, (total, part)) in total.iter_mut().zip(part).enumerate() {
-                let scale = if P::SCALED { scale.mul(P::L::splat(*about.add(r))) } else { scale };
+            for (total, part) in total.iter_mut().zip(part) {
                 total[t] = scale.fma(P::numbers(part[t]), total[t]);
             }
             if S::SCALES == 2 {
                 let minimum = P::L::load_f16(scales.add(PANEL + (first + t) * LANES));
                 for (r, total) in total.iter_mut().enumerate() {
-                    let sum =
-                        if P::SCALED { *about.add(r) * *about.add(M + r) } else { *about.add(r) };
-                    total[t] = minimum.fma(P::L::splat(sum), total[t]);
+                    total[t] = minimum.fma(P::L::splat(*sums.add(r)), total[t]);
                 }
             }
         }

@@ -8,7 +8,7 @@ use std::sync::{Mutex, PoisonError};
 use half::bf16;
 
 use super::gemm::PanelTask;
-use super::lanes::Lanes;
+use super::lanes::{LANES, Lanes};
 use super::memory::{Shared, written_by};
 use super::pack::{PANEL, Packed, Segment, block_bytes, block_len, scales};
 use super::product::{Dot, Exact, ProductKernel, run};
@@ -55,29 +55,33 @@ struct Group {
     m: usize,
 }
 
-/// Cuts `rows` into full groups and a last one of the smallest size that fits.
+/// Cuts `rows` into full groups and a last one of the smallest size that fits; two of four rows are computed faster
+/// than one of six and one of two.
 fn groups(rows: usize, wide: bool) -> Vec<Group> {
     let sizes: &[usize] = if wide { &[1, 2, 4, 8] } else { &[1, 2, 4, 6] };
     let full = sizes[sizes.len() - 1];
-    (0..rows)
-        .step_by(full)
-        .map(|start| {
-            let rows = full.min(rows - start);
-            let m = sizes.iter().copied().find(|&m| m >= rows).unwrap_or(full);
-            Group { start, rows, m }
-        })
-        .collect()
+    let (mut start, mut groups) = (0, Vec::with_capacity(rows.div_ceil(full)));
+    while start < rows {
+        let left = rows - start;
+        let most = if !wide && matches!(left, 7 | 8) { 4 } else { full };
+        let rows = left.min(most);
+        let m = sizes.iter().copied().find(|&m| m >= rows).unwrap_or(full);
+        groups.push(Group { start, rows, m });
+        start += rows;
+    }
+    groups
 }
 
-/// Activations in the order that [`PanelTask`] reads: per group `[step][slot]` words, and what it wants to
-/// know of each block of 32.
+/// Activations in the order that [`PanelTask`] reads: per group `[step][slot]` words, and `[block][slot]` sums of 32.
 struct Activations {
     arithmetic: Arithmetic,
     words: Vec<u32>,
-    about: Vec<f32>,
+    sums: Vec<f32>,
+    /// What the words and sums of each slot count in.
+    scales: Vec<f32>,
     /// Words per slot.
     steps: usize,
-    /// Numbers about them per slot, or 0.
+    /// Sums per slot, or 0.
     blocks: usize,
 }
 
@@ -92,31 +96,31 @@ impl Activations {
         let cols = weight.cols.next_multiple_of(8);
         let steps = if arithmetic == Arithmetic::Exact { cols } else { cols / 2 };
         let minima = weight.segments.iter().any(|segment| segment.encoding == Encoding::Q4_1);
-        let blocks = match arithmetic {
-            Arithmetic::Integers => 2 * (cols / 32),
-            _ if minima => cols / 32,
-            _ => 0,
-        };
+        let blocks = if minima || arithmetic == Arithmetic::Integers { cols / 32 } else { 0 };
         let slots: usize = groups.iter().map(|group| group.m).sum();
         let mut words =
             cpu.scratch.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
         words.resize(slots * steps, 0);
-        let mut about = vec![0.0; slots * blocks];
-        let (shared_words, shared_about) = (Shared::new(&mut words), Shared::new(&mut about));
+        let mut sums = vec![0.0; slots * blocks];
+        let mut scales = vec![0.0; slots];
+        let (shared_words, shared_sums) = (Shared::new(&mut words), Shared::new(&mut sums));
+        let shared_scales = Shared::new(&mut scales);
         cpu.pool.run(groups.len(), &|index| {
             let group = &groups[index];
             // Every group before this one is full, so its slots are its rows.
             // SAFETY: the parts of different groups are disjoint.
-            let (words, about) = unsafe {
+            let (words, sums, scales) = unsafe {
                 (
                     shared_words.part(group.start * steps, group.m * steps),
-                    shared_about.part(group.start * blocks, group.m * blocks),
+                    shared_sums.part(group.start * blocks, group.m * blocks),
+                    shared_scales.part(group.start, group.m),
                 )
             };
             let x = &x[group.start * weight.cols..][..group.rows * weight.cols];
-            run(cpu.tier, arithmetic, PackGroup { x, cols: weight.cols, m: group.m, words, about });
+            let group = PackGroup { x, cols: weight.cols, m: group.m, words, sums, scales };
+            run(cpu.tier, arithmetic, group);
         });
-        Self { arithmetic, words, about, steps, blocks }
+        Self { arithmetic, words, sums, scales, steps, blocks }
     }
 }
 
@@ -126,26 +130,28 @@ struct PackGroup<'a> {
     cols: usize,
     m: usize,
     words: &'a mut [u32],
-    about: &'a mut [f32],
+    sums: &'a mut [f32],
+    scales: &'a mut [f32],
 }
 
 /// What becomes of 32 columns of a row.
 struct Converted {
     /// Of which the first `32 / STEP` count.
     words: [u32; 32],
-    /// What the words count in.
-    scale: f32,
-    /// Of the columns, in units of the scale.
+    /// Of the columns, in units of the row's scale.
     sum: f32,
 }
 
 trait Convert {
     /// Columns of a word.
     const STEP: usize;
-    /// Whether the scale is kept.
-    const SCALED: bool = false;
-    /// Must be inlined into [`ProductKernel`]'s methods.
-    fn convert(columns: &[f32; 32]) -> Converted;
+    /// The scale of a row. As [`Self::convert`], it must be inlined into [`ProductKernel`]'s methods.
+    #[inline(always)]
+    fn scale(_: &[f32]) -> f32 {
+        1.0
+    }
+    /// 32 columns of a row of that scale.
+    fn convert(columns: &[f32; 32], scale: f32) -> Converted;
 }
 
 /// The bits of each column.
@@ -155,10 +161,10 @@ impl<L: Lanes> Convert for Copy<L> {
     const STEP: usize = 1;
 
     #[inline(always)]
-    fn convert(columns: &[f32; 32]) -> Converted {
+    fn convert(columns: &[f32; 32], _: f32) -> Converted {
         // SAFETY: two times 16 values.
         let sum = unsafe { L::load(columns.as_ptr()).add(L::load(columns[16..].as_ptr())) };
-        Converted { words: columns.map(f32::to_bits), scale: 1.0, sum: sum.sum() }
+        Converted { words: columns.map(f32::to_bits), sum: sum.sum() }
     }
 }
 
@@ -171,7 +177,7 @@ impl Convert for Round {
     const STEP: usize = 2;
 
     #[inline(always)]
-    fn convert(columns: &[f32; 32]) -> Converted {
+    fn convert(columns: &[f32; 32], _: f32) -> Converted {
         let mut words = [0; 32];
         // SAFETY: 32 values are rounded to 16 words, and read back as two times 16 bf16.
         let sum = unsafe {
@@ -179,9 +185,17 @@ impl Convert for Round {
             let rounded = words.as_ptr().cast::<bf16>();
             Avx512::load_bf16(rounded).add(Avx512::load_bf16(rounded.add(16)))
         };
-        Converted { words, scale: 1.0, sum: sum.sum() }
+        Converted { words, sum: sum.sum() }
     }
 }
+
+/// Greatest of the integers that activations become.
+#[cfg(target_arch = "x86_64")]
+const LARGEST: f32 = 32767.0;
+
+/// Rows of a smaller scale become zeros: their factor would overflow, and nothing that matters is so small.
+#[cfg(target_arch = "x86_64")]
+const LEAST: f32 = 1e-35;
 
 /// Pairs of columns rounded to integers of 16 bits.
 #[cfg(target_arch = "x86_64")]
@@ -190,26 +204,31 @@ struct RoundToIntegers<I>(PhantomData<I>);
 #[cfg(target_arch = "x86_64")]
 impl<I: Integers> Convert for RoundToIntegers<I> {
     const STEP: usize = 2;
-    const SCALED: bool = true;
 
     #[inline(always)]
-    fn convert(columns: &[f32; 32]) -> Converted {
-        const LARGEST: f32 = 32767.0;
-        // Far below, the factor would overflow; nothing that matters is so small.
-        const LEAST: f32 = 1e-30;
-        // SAFETY: two times 16 values.
-        let (a, b) = unsafe { (I::L::load(columns.as_ptr()), I::L::load(columns[16..].as_ptr())) };
-        let zero = I::L::splat(0.0);
-        let (least, most) = (a.min(b), a.max(b));
-        let size = most.max(zero.sub(least)).greatest();
+    fn scale(row: &[f32]) -> f32 {
         // NaN where a column is NaN or infinite: integers would hide it.
-        let poison = a.sub(a).add(b.sub(b)).sum();
-        let (factor, scale) =
-            if size > LEAST { (LARGEST / size, size / LARGEST) } else { (0.0, 0.0) };
+        let (mut size, mut poison) = ([I::L::splat(0.0); 2], I::L::splat(0.0));
+        let mut tail = [0.0; LANES];
+        let chunks = row.chunks_exact(LANES);
+        tail[..chunks.remainder().len()].copy_from_slice(chunks.remainder());
+        for chunk in chunks.chain(std::iter::once(&tail[..])) {
+            // SAFETY: 16 values.
+            let x = unsafe { I::L::load(chunk.as_ptr()) };
+            size = [size[0].max(x), size[1].min(x)];
+            poison = poison.add(x.sub(x));
+        }
+        let size = size[0].max(I::L::splat(0.0).sub(size[1])).greatest();
+        size / LARGEST + poison.sum()
+    }
+
+    #[inline(always)]
+    fn convert(columns: &[f32; 32], scale: f32) -> Converted {
+        let factor = if scale > LEAST { 1.0 / scale } else { 0.0 };
         let (pairs, sum) = I::round(columns, factor);
         let mut words = [0; 32];
         words[..16].copy_from_slice(&pairs);
-        Converted { words, scale: scale + poison, sum: sum as f32 }
+        Converted { words, sum: sum as f32 }
     }
 }
 
@@ -219,20 +238,19 @@ impl PackGroup<'_> {
         let steps = self.words.len() / self.m;
         for slot in 0..self.m {
             let row = self.x.get(slot * self.cols..(slot + 1) * self.cols).unwrap_or(&[]);
+            let scale = C::scale(row);
+            self.scales[slot] = scale;
             for (block, first) in (0..steps).step_by(32 / C::STEP).enumerate() {
                 let mut columns = [0.0; 32];
                 let rest = row.get(block * 32..).unwrap_or(&[]);
                 let count = rest.len().min(32);
                 columns[..count].copy_from_slice(&rest[..count]);
-                let Converted { words, scale, sum } = C::convert(&columns);
+                let Converted { words, sum } = C::convert(&columns, scale);
                 for (i, &word) in words[..(32 / C::STEP).min(steps - first)].iter().enumerate() {
                     self.words[(first + i) * self.m + slot] = word;
                 }
-                if C::SCALED {
-                    self.about[2 * block * self.m + slot] = scale;
-                    self.about[(2 * block + 1) * self.m + slot] = sum;
-                } else if !self.about.is_empty() {
-                    self.about[block * self.m + slot] = sum;
+                if !self.sums.is_empty() {
+                    self.sums[block * self.m + slot] = sum;
                 }
             }
         }
@@ -404,8 +422,8 @@ impl Panels<'_> {
             if first > 0 && PanelTask::tiles_at_once::<P, S>(group.m) > 1 {
                 continue;
             }
-            let about = if S::SCALES == 2 || P::SCALED {
-                x.about[group.start * x.blocks..][..group.m * x.blocks].as_ptr()
+            let sums = if S::SCALES == 2 || S::OFFSET != 0 {
+                x.sums[group.start * x.blocks..][..group.m * x.blocks].as_ptr()
             } else {
                 std::ptr::null()
             };
@@ -413,7 +431,8 @@ impl Panels<'_> {
                 panel: bytes,
                 blocks,
                 x: x.words[group.start * x.steps..][..group.m * x.steps].as_ptr(),
-                about,
+                sums,
+                scales: x.scales[group.start..][..group.m].as_ptr(),
                 bias: weight.bias.get(col..col + cols).map_or(std::ptr::null(), <[f32]>::as_ptr),
                 out: self.out.at(group.start * weight.rows + col),
                 stride: weight.rows,
@@ -421,7 +440,7 @@ impl Panels<'_> {
                 cols,
             };
             // SAFETY: the caller's contract for the panel; the activations hold all steps as
-            // asserted, and `x.blocks` numbers per slot about them; the output has `group.rows`
+            // asserted, and the sums and scales of all slots; the output has `group.rows`
             // rows from `group.start` on and `cols` columns from `col` on, and no other task has
             // them.
             unsafe { task.run::<P, S>(group.m, first) }

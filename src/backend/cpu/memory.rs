@@ -23,11 +23,14 @@ pub(super) fn physical_memory() -> Option<usize> {
 /// Memory for weights, cut from large pieces that the system may back with huge pages: these are
 /// cleared faster, and reading them misses the address cache less often.
 #[derive(Default)]
-pub(super) struct Arena {
+pub(super) struct Arena(Mutex<Latest>);
+
+#[derive(Default)]
+struct Latest {
     /// The piece in use, and how many of its bytes are.
-    piece: Mutex<Option<(Arc<Piece>, usize)>>,
+    piece: Option<(Arc<Piece>, usize)>,
     /// Where the buffer that was made last learns of the next.
-    last: Mutex<Arc<AtomicPtr<u8>>>,
+    next: Arc<AtomicPtr<u8>>,
 }
 
 struct Piece {
@@ -58,19 +61,18 @@ impl Arena {
     /// `len` zero bytes that start on a cache line, or `None` when there is no such memory.
     pub(super) fn zeroed(&self, len: usize) -> Option<Buffer> {
         let taken = len.max(1).checked_next_multiple_of(64)?;
-        let mut current = self.piece.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut latest = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let fits = |&(ref piece, used): &(Arc<Piece>, usize)| taken <= piece.map.len() - used;
-        let (piece, used) = match current.take().filter(fits) {
+        let (piece, used) = match latest.piece.take().filter(fits) {
             Some(piece) => piece,
             None => (Arc::new(Piece::new(taken.max(Piece::LEN))?), 0),
         };
         // SAFETY: the piece has `taken` bytes from `used` on.
         let start = unsafe { piece.start.add(used) };
-        *current = Some((Arc::clone(&piece), used + taken));
-        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        last.store(start.as_ptr(), Ordering::Relaxed);
-        *last = Arc::default();
-        Some(Buffer { start, len, next: Arc::clone(&last), _piece: piece })
+        latest.piece = Some((Arc::clone(&piece), used + taken));
+        latest.next.store(start.as_ptr(), Ordering::Relaxed);
+        latest.next = Arc::default();
+        Some(Buffer { start, len, next: Arc::clone(&latest.next), _piece: piece })
     }
 }
 

@@ -44,7 +44,7 @@ enum Arithmetic {
     Exact,
     /// Activations rounded to bf16, exact products, f32 sums; weights as stored.
     Pairs,
-    /// Activations rounded to 16-bit integers with a scale for each 32, exact sums over as many; weights
+    /// Activations rounded to 16-bit integers with a scale for each row, exact sums over 32; weights
     /// as stored. Closer to f32 than bf16 is.
     Integers,
 }

@@ -25,7 +25,7 @@ pub(super) trait Dot {
     type Sum: Copy;
     /// `k` per step.
     const STEP: usize;
-    /// Whether activations are multiples of a scale, one for each 32.
+    /// Whether activations are multiples of a scale, one for each row.
     const SCALED: bool = false;
 
     /// # Safety
