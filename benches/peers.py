@@ -12,7 +12,6 @@ ratios, and ends with one JSON line.
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -20,7 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from astrai_rs import Engine, SamplingParams
+from astrai_rs import Engine, SamplingParams, _core
 
 DECODE_TOKENS, LONG_DECODE_TOKENS = 128, 64
 PREFILL_TOKENS, LONG_TOKENS = 512, 4096
@@ -144,7 +143,7 @@ def main() -> None:
         "dtype": arguments.dtype,
         "threads": arguments.threads,
         "rounds": arguments.rounds,
-        "machine": platform.machine(),
+        "machine": f"{os.cpu_count()} cpus, {_core.system_info()['tier']}",
     }
     ours.engine.close()
     print(json.dumps({**conditions, **results}))

@@ -11,9 +11,10 @@ use crate::backend::reference::dequantize;
 use crate::error::Result;
 use crate::weights::{Encoding, StoredTensor};
 
-/// Rows of a packed panel, and columns of a chunk.
+/// Rows of a packed panel.
 const PANEL: usize = 16;
-const CHUNK: usize = 32;
+/// Columns of its chunks, and of a stage of `gemm`.
+pub(super) const CHUNK: usize = 32;
 
 /// Rows of one or more stored matrices on top of each other, `[outs, cols]`.
 pub(in crate::backend) struct Matrix {

@@ -2,12 +2,12 @@
 
 use candle_core::{DType, Tensor};
 
-use super::batch::{Cut, TILE};
+use super::batch::{Cut, DevicePlan, TILE};
 use super::launch::{
     Address, Arguments, AttentionArgs, EmbeddingArgs, GateArgs, GatedActivationArgs, GatherArgs,
     Grid, LinearArgs, RmsNormArgs, RopeArgs, SHARED_BYTES,
 };
-use super::matrix::{Format, Matrix};
+use super::matrix::{CHUNK, Format, Matrix};
 use super::{Cuda, DeviceBatch, address};
 use crate::backend::{AttentionOp, Batch, Heads, LayerKv, RopeOp};
 use crate::error::{Error, Result};
@@ -26,8 +26,6 @@ const TILE_ROWS: usize = 8;
 /// Most tiles of the input in a block of `linear`; more rows are for `gemm`. And most that a first cache holds.
 const MAX_TILES: usize = 8;
 const CACHED_TILES: usize = 4;
-/// Columns of a stage of `gemm`.
-const GEMM_STEP: usize = 32;
 const EXACT_WARPS: usize = 4;
 /// Widest head that the kernels can hold.
 const MAX_HEAD_DIM: usize = 256;
@@ -331,6 +329,12 @@ impl Cuda {
             window: op.window.unwrap_or(0) as u32,
             scale: op.scale * std::f32::consts::LOG2_E,
         };
+        self.attend(heads, &plan, args)?;
+        Ok(out)
+    }
+
+    /// Launches what the plan has work for.
+    fn attend(&self, heads: Heads, plan: &DevicePlan, args: AttentionArgs) -> Result<()> {
         // Blocks share the items: there may be fewer than a captured launch has room for.
         let grid = |count: usize, threads| Grid {
             blocks: (
@@ -341,10 +345,9 @@ impl Cuda {
             shared_bytes: 0,
         };
         if self.is_exact() {
-            self.queue("attention_f32", grid(plan.num_items, 32), args)?;
-            return Ok(out);
+            return self.queue("attention_f32", grid(plan.num_items, 32), args);
         }
-        let chunks = chunks_of(dim)?;
+        let chunks = chunks_of(heads.head_dim)?;
         let of_tiles = |count| grid(count, ATTENTION_WARPS as u32 * 32);
         self.launch(&format!("attention_{{}}_{chunks}"), of_tiles(plan.num_items), args)?;
         let with = |(num_items, items)| AttentionArgs { items, num_items, ..args };
@@ -361,7 +364,7 @@ impl Cuda {
             let grid = Grid { shared_bytes, ..of_tiles(plan.num_prefills) };
             self.launch(&format!("prefill_{{}}_{chunks}"), grid, with(plan.prefills))?;
         }
-        Ok(out)
+        Ok(())
     }
 
     /// How attention with these heads is cut into blocks.
@@ -397,7 +400,7 @@ impl GemmBlock {
 
     /// For the stages, and for the outputs in their place.
     fn shared_bytes(self, format: Format) -> usize {
-        let row = GEMM_STEP * size_of::<bf16>();
+        let row = CHUNK * size_of::<bf16>();
         let weights = match format {
             Format::Dense => self.outs * row,
             _ => self.outs / TILE_OUTS * format.chunk_bytes(),
