@@ -33,7 +33,8 @@ const UNPACK_FROM: usize = 3;
 /// `x · Wᵀ + bias` for `x`: `[rows, cols]` → `[rows, W.rows]`.
 pub(crate) fn linear(cpu: &Cpu, x: &[f32], weight: &Packed) -> Vec<f32> {
     let rows = x.len() / weight.cols.max(1);
-    let groups = groups(rows, cpu.tier.is_wide());
+    let integers = weight.segments.iter().any(|segment| segment.arithmetic == Arithmetic::Integers);
+    let groups = groups(rows, cpu.tier.is_wide(), integers);
     let mut activations: Vec<_> = [Arithmetic::Exact, Arithmetic::Pairs, Arithmetic::Integers]
         .into_iter()
         .filter(|&a| weight.segments.iter().any(|segment| segment.arithmetic == a))
@@ -55,15 +56,15 @@ struct Group {
     m: usize,
 }
 
-/// Cuts `rows` into full groups and a last one of the smallest size that fits; two of four rows are computed faster
-/// than one of six and one of two.
-fn groups(rows: usize, wide: bool) -> Vec<Group> {
+/// Cuts `rows` into full groups and a last one of the smallest size that fits. With integers two groups of four are
+/// faster than one of six and one of two.
+fn groups(rows: usize, wide: bool, integers: bool) -> Vec<Group> {
     let sizes: &[usize] = if wide { &[1, 2, 4, 8] } else { &[1, 2, 4, 6] };
     let full = sizes[sizes.len() - 1];
     let (mut start, mut groups) = (0, Vec::with_capacity(rows.div_ceil(full)));
     while start < rows {
         let left = rows - start;
-        let most = if !wide && matches!(left, 7 | 8) { 4 } else { full };
+        let most = if integers && !wide && matches!(left, 7 | 8) { 4 } else { full };
         let rows = left.min(most);
         let m = sizes.iter().copied().find(|&m| m >= rows).unwrap_or(full);
         groups.push(Group { start, rows, m });
