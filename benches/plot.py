@@ -3,14 +3,12 @@
     python benches/plot.py RESULTS.jsonl DRAWING.svg
 
 RESULTS has the last line that `peers.py` printed of each run. Where several lines have a test of a model, the
-last one counts.
+last one counts; runs that were cut short may be added by hand.
 """
 
 import argparse
 import json
 from pathlib import Path
-
-from peers import TESTS
 
 NAMES = {
     "decode": "decode, 128 tokens",
@@ -31,7 +29,7 @@ def read(path: Path) -> tuple[dict[str, dict[str, float]], str]:
     for line in path.read_text(encoding="utf-8").splitlines():
         run = json.loads(line)
         model = run["model"].removesuffix(".gguf").upper()
-        ratios.setdefault(model, {}).update({test: run[test]["ratio"] for test in TESTS if test in run})
+        ratios.setdefault(model, {}).update({test: run[test]["ratio"] for test in NAMES if test in run})
         machine = f"{run['threads']} threads, {run['machine']}"
     return ratios, machine
 
@@ -42,7 +40,7 @@ def draw(ratios: dict[str, dict[str, float]], machine: str) -> str:
         x = LEFT + 90 * i
         parts.append(f'<rect x="{x}" y="9" width="{BAR}" height="{BAR}" fill="{COLOURS[i % len(COLOURS)]}"/>')
         parts.append(f'<text x="{x + 19}" y="20">{model}</text>')
-    for test in TESTS:
+    for test in NAMES:
         bars = [(i, run[test]) for i, run in enumerate(ratios.values()) if test in run]
         middle = y + len(bars) * BAR / 2 + 4
         parts.append(f'<text x="{LEFT - 8}" y="{middle:.0f}" text-anchor="end">{NAMES[test]}</text>')

@@ -91,8 +91,8 @@ fn multiplied(tier: &str, threads: usize) -> Option<f64> {
     const LOOPS: usize = 1 << 24;
     let (macs, products): (usize, unsafe fn(usize)) = match tier {
         "avx512bf16" => (x86::BF16_MACS, x86::bf16),
-        "avx512" => (x86::FMA512_MACS, x86::fma512),
-        "avx2" => (x86::FMA256_MACS, x86::fma256),
+        "avx512" | "avx512vnni" => (x86::FMA512_MACS, x86::fma512),
+        "avx2" | "avxvnni" => (x86::FMA256_MACS, x86::fma256),
         _ => return None,
     };
     let seconds = fastest(|| {

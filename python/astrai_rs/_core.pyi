@@ -168,5 +168,5 @@ def inspect(path: str) -> dict[str, Any]:
     bytes)` of each. No weight is read. CheckpointError names what is wrong with a file."""
 
 def system_info() -> dict[str, Any]:
-    """`tier` (SIMD level), `num_threads`, `cuda` (whether a GPU can be used) and `version`. ValueError names
+    """`tier` (SIMD level), `num_threads`, `cuda` (built with it) and `version`. ValueError names
     what is wrong with the environment variable ASTRAI_CPU_TIER, which forces a tier."""

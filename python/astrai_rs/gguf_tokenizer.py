@@ -225,10 +225,10 @@ def _add_special(tokenizer: tokenizers.Tokenizer, metadata: Mapping[str, Any]) -
     """Control tokens are special, user-defined ones are found whole in text but are not special."""
     from tokenizers import AddedToken
 
-    types = metadata.get("tokenizer.ggml.token_type") or []
     tokens = _get(metadata, "tokens")
+    types = (metadata.get("tokenizer.ggml.token_type") or [])[: len(tokens)]
     named = [tokens.index(token) for token in special_tokens(metadata).values()]
-    control = [i for i, kind in enumerate(types[: len(tokens)]) if kind == _CONTROL]
+    control = [i for i, kind in enumerate(types) if kind == _CONTROL]
     special = [tokens[i] for i in sorted({*control, *named})]
     plain = [tokens[i] for i, kind in enumerate(types) if kind == _USER_DEFINED]
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special if t])

@@ -41,7 +41,7 @@ impl Backend {
         }
     }
 
-    /// The CPU, with `num_threads` threads (all CPUs that the process may use when `None`) and the widest tier
+    /// The CPU, with `num_threads` threads (all CPUs that the process may use when `None`) and the best tier
     /// that it has, or the one that the environment variable `ASTRAI_CPU_TIER` names.
     pub fn cpu(num_threads: Option<usize>, dtype: DType) -> Result<Self> {
         let tier = std::env::var_os(TIER_VARIABLE).filter(|name| !name.is_empty());
@@ -78,7 +78,7 @@ impl Backend {
         Err(Error::unsupported("device \"cuda\": this build has no CUDA; use \"cpu\" or \"auto\""))
     }
 
-    /// The tiers that this CPU has, narrowest first.
+    /// The tiers that this CPU has, slowest first.
     #[must_use]
     pub fn cpu_tiers() -> Vec<&'static str> {
         Tier::ALL.into_iter().filter(|tier| tier.is_present()).map(Tier::name).collect()

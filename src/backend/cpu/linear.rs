@@ -5,10 +5,13 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
+#[cfg(target_arch = "x86_64")]
 use half::bf16;
 
 use super::gemm::PanelTask;
-use super::lanes::{LANES, Lanes};
+#[cfg(target_arch = "x86_64")]
+use super::lanes::LANES;
+use super::lanes::Lanes;
 use super::memory::{Shared, written_by};
 use super::pack::{PANEL, Packed, Segment, block_bytes, block_len, scales};
 use super::product::{Dot, Exact, ProductKernel, run};
@@ -210,10 +213,8 @@ impl<I: Integers> Convert for RoundToIntegers<I> {
     fn scale(row: &[f32]) -> f32 {
         // NaN where a column is NaN or infinite: integers would hide it.
         let (mut size, mut poison) = ([I::L::splat(0.0); 2], I::L::splat(0.0));
-        let mut tail = [0.0; LANES];
-        let chunks = row.chunks_exact(LANES);
-        tail[..chunks.remainder().len()].copy_from_slice(chunks.remainder());
-        for chunk in chunks.chain(std::iter::once(&tail[..])) {
+        // Quantised weights have whole blocks of columns.
+        for chunk in row.chunks_exact(LANES) {
             // SAFETY: 16 values.
             let x = unsafe { I::L::load(chunk.as_ptr()) };
             size = [size[0].max(x), size[1].min(x)];
@@ -379,7 +380,8 @@ impl Panels<'_> {
     fn each<P: Reads>(self) {
         let encoding = self.segment.encoding;
         let bytes = unpacked_bytes::<P>(scales(encoding), block_len(encoding));
-        if self.groups.len() < UNPACK_FROM || bytes == block_bytes(encoding) {
+        let as_multiplied = bytes == block_bytes(encoding);
+        if self.groups.len() < UNPACK_FROM || as_multiplied {
             return P::visit(encoding, AsPacked(self));
         }
         let blocks = self.blocks();

@@ -255,7 +255,8 @@ pub(super) fn run<K: ProductKernel>(tier: Tier, arithmetic: Arithmetic, kernel: 
             match tier {
                 Tier::AvxVnni => run_avx_vnni(kernel),
                 Tier::Avx512Vnni => run_avx512_vnni(kernel),
-                _ => run_avx2(kernel),
+                Tier::Avx2 => run_avx2(kernel),
+                _ => unreachable!("`Cpu::arithmetic` chooses integers only in these tiers"),
             }
         },
         #[cfg(not(target_arch = "x86_64"))]

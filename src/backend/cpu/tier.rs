@@ -6,7 +6,7 @@ use super::lanes::{Lanes, Portable};
 use super::x86::{Avx2, Avx512};
 use crate::error::{Error, Result};
 
-/// An instruction tier; later ones are wider.
+/// An instruction tier; later ones are preferred.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Tier {
     /// Any CPU.
@@ -30,7 +30,7 @@ pub(super) trait Kernel {
 }
 
 impl Tier {
-    /// All tiers, narrowest first.
+    /// All tiers, slowest first.
     pub(crate) const ALL: [Self; 6] = [
         Self::Portable,
         Self::Avx2,
@@ -40,7 +40,7 @@ impl Tier {
         Self::Avx512Bf16,
     ];
 
-    /// The widest tier that this CPU has.
+    /// The best tier that this CPU has.
     pub(crate) fn detect() -> Self {
         Self::ALL.into_iter().rev().find(|tier| tier.is_present()).unwrap_or(Self::Portable)
     }
