@@ -136,7 +136,8 @@ PARTS ?= limits,kernels,start,decode,prefill,recipe,static,load
 bench-gpu: $(KIT)/site ## Speed on an NVIDIA GPU beside its limits and transformers, into benches/results (PARTS=…)
 	PYTHONPATH=$(KIT)/site $(PYTHON) benches/gpu.py --parts $(PARTS)
 
-check-gpu: test-gpu sanitize-gpu bench-gpu ## All three (half an hour); needs Python with numpy, pytest, torch and transformers, and a kit
+check-gpu: ## All three, each even after a failure (half an hour); needs Python with numpy, pytest, torch and transformers, and a kit
+	failed=0; for part in test-gpu sanitize-gpu bench-gpu; do $(MAKE) $$part || failed=1; done; exit $$failed
 
 clean: ## Remove what the other targets made
 	rm -rf $(VENV) $(VENV)-conformance $(VENV)-ray $(VENV)-cuda dist site target
