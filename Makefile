@@ -51,7 +51,7 @@ $(TOOLKIT)/bin/nvcc:
 	ln -sfn $$(echo $(CUDA_VENV)/lib/python3*/site-packages/nvidia/cu13) $(TOOLKIT)
 
 test-cuda: $(CUDA_HOME)/bin/nvcc ## The CUDA kernels and models on an emulated GPU (compiles for 10 minutes at first)
-	$(CUDA) cargo $(CARGO_TEST) --features cuda-emulator --test cuda --test cuda_faults --test cuda_model
+	$(CUDA) cargo $(CARGO_TEST) --features cuda-emulator --test cuda --test cuda_device --test cuda_faults --test cuda_model
 
 conformance: develop ## Large real clients and a browser against the server (installs about 1 GB into .venv-conformance)
 	$(PYTHON) -m venv $(VENV)-conformance

@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 
 use crate::backend::{
-    Backend, Batch, CacheBudget, DecodeGraphs, DrawnTokens, Heads, PendingDraws, Run,
+    Backend, Batch, CacheBudget, DecodeGraphs, DrawnTokens, Heads, PendingDraws, Run, StepSizes,
 };
 use crate::cache::pool::KvPool;
 use crate::checkpoint::Checkpoint;
@@ -42,15 +42,20 @@ pub struct CapacityRequest {
 }
 
 impl CapacityRequest {
-    /// Settles both sizes for a model whose cached token takes `bytes_per_token`.
-    ///
-    /// Without `max_model_len` sequences may be as long as the model allows and the cache holds.
-    pub fn resolve(
-        &self,
-        spec: &ModelSpec,
-        bytes_per_token: usize,
-        budget: CacheBudget,
-    ) -> Result<Capacity> {
+    fn largest(&self, spec: &ModelSpec, heads: Heads) -> StepSizes {
+        let (rows, vocab_size) = (self.max_num_seqs, spec.vocab_size);
+        StepSizes {
+            sequences: (rows, self.max_model_len.unwrap_or(spec.max_positions)),
+            // Logits, and those that are wanted here.
+            activations: self.max_num_batched_tokens * spec.activations_per_token()
+                + 2 * rows * vocab_size,
+            heads,
+            vocab_size,
+        }
+    }
+
+    /// Whether a model may be asked for this.
+    fn check(&self, spec: &ModelSpec) -> Result<()> {
         for (name, value) in
             [("max_model_len", self.max_model_len), ("kv_cache_tokens", self.kv_cache_tokens)]
         {
@@ -71,6 +76,18 @@ impl CapacityRequest {
                 "gpu_memory_utilization must be above 0 and at most 1; given: {share}"
             )));
         }
+        Ok(())
+    }
+
+    /// Settles both sizes for a model whose cached token takes `bytes_per_token`.
+    ///
+    /// Without `max_model_len` sequences may be as long as the model allows and the cache holds.
+    fn resolve(
+        &self,
+        spec: &ModelSpec,
+        bytes_per_token: usize,
+        budget: CacheBudget,
+    ) -> Result<Capacity> {
         let wanted = self.max_model_len.unwrap_or(spec.max_positions);
         let tokens = self.kv_cache_tokens.unwrap_or_else(|| {
             (budget.usual / bytes_per_token.max(1))
@@ -116,6 +133,8 @@ impl Runner {
         request: &CapacityRequest,
     ) -> Result<(Self, Capacity)> {
         let Checkpoint { spec, weights, .. } = checkpoint;
+        backend.supports(&spec)?;
+        request.check(&spec)?;
         let heads = Heads {
             num_heads: spec.attention.num_heads,
             num_kv_heads: spec.attention.num_kv_heads,
@@ -125,9 +144,7 @@ impl Runner {
         let budget = backend.cache_budget(
             request.gpu_memory_utilization.unwrap_or(GPU_MEMORY_UTILIZATION),
             weights.sizes(),
-            request.max_num_batched_tokens * spec.activations_per_token()
-                // Logits of a step and changed ones; those that a GPU's graphs keep are as many again.
-                + request.max_num_seqs * 4 * spec.vocab_size,
+            request.largest(&spec, heads),
         )?;
         let capacity = request.resolve(&spec, bytes_per_token, budget)?;
         let max_positions = capacity.max_model_len.min(capacity.num_blocks * BLOCK_SIZE + 1);
@@ -281,6 +298,7 @@ mod tests {
             mlp: MlpSpec { intermediate_size: 8, activation: Activation::Silu, bias: false },
             tie_embeddings: true,
         };
+        request.check(&spec)?;
         let capacity = request.resolve(&spec, bytes_per_token, BUDGET)?;
         Ok((capacity.max_model_len, capacity.num_blocks))
     }

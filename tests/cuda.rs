@@ -50,6 +50,14 @@ fn bits(x: &Tensor) -> Vec<u32> {
     values(x).into_iter().map(f32::to_bits).collect()
 }
 
+fn dtype_of(backend: &Backend) -> DType {
+    match backend.activation_dtype() {
+        CandleType::F32 => DType::Float32,
+        CandleType::F16 => DType::Float16,
+        _ => DType::BFloat16,
+    }
+}
+
 /// Rounding of one result in the compute type, and room for the order of sums.
 fn grain(dtype: DType) -> f32 {
     match dtype {
@@ -182,6 +190,30 @@ fn a_step_may_take_new_memory_while_it_is_captured() {
     assert_eq!((calls, emulator::count(c"graph launches") - launches), (2, 1));
 }
 
+#[cfg(feature = "cuda-emulator")]
+#[test]
+fn a_step_that_finds_no_memory_for_its_graph_has_run() {
+    let mut random = Random::new(18);
+    let backend = gpu(DType::BFloat16);
+    let table = backend.table(stored(&mut random, &[40, 64], Encoding::BF16)).unwrap();
+    let heads = Heads { num_heads: 1, num_kv_heads: 1, head_dim: 64 };
+    let mut graphs = backend.decode_graphs(heads, &[None], (1, 64)).unwrap().unwrap();
+    let launches = emulator::count(c"graph launches");
+    let mut calls = 0;
+    for _ in 0..3 {
+        let mut batch = batch_of(&[(0..1, 0)], 4, &mut random);
+        batch.ids = vec![3];
+        let forward = |batch: &_| {
+            calls += 1;
+            let _too_much = (calls == 2).then(|| backend.layer_kv(1 << 24, heads)).transpose()?;
+            backend.embedding(&table, batch).map(Some)
+        };
+        graphs.run(batch, forward).unwrap();
+    }
+    // A step and a capture that fails, both again, and the graph.
+    assert_eq!((calls, emulator::count(c"graph launches") - launches), (4, 1));
+}
+
 #[test]
 fn what_the_gpu_cannot_do_is_an_error_that_says_so() {
     let mut random = Random::new(10);
@@ -189,7 +221,10 @@ fn what_the_gpu_cannot_do_is_an_error_that_says_so() {
     let packed = backend.pack(&[stored(&mut random, &[4, 36], Encoding::F32)], None).unwrap();
     let x = activations(&backend, &mut random.floats(36), &[1, 36]);
     let error = backend.linear(&x, &packed).unwrap_err().to_string();
-    assert!(error.contains("multiple of 8 inputs; given: 36"), "{error}");
+    assert!(
+        error.contains("multiple of 8 inputs, but in float32; given: a layer of 36"),
+        "{error}"
+    );
     let error = Backend::cuda(99, DType::Auto).unwrap_err().to_string();
     assert!(error.contains("GPU 99 cannot be used"), "{error}");
 }

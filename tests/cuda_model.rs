@@ -26,9 +26,7 @@ fn gpu(dtype: DType) -> Backend {
 
 goldens!(|name| {
     golden_support::check(name, gpu(DType::Float32));
-    if name != "astrai-24q4kv" {
-        check_logits(name, DType::BFloat16, 0.08); // its heads of 4 are not for tensor cores
-    }
+    check_logits(name, DType::BFloat16, 0.08);
 });
 
 fn check_logits(name: &str, dtype: DType, tolerance: f32) {

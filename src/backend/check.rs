@@ -83,9 +83,8 @@ pub(super) fn qkv(x: &Tensor, given: Heads, dtype: DType) -> Result<usize> {
     Ok(count)
 }
 
-/// The pages fit the heads; returns the number of blocks.
-pub(super) fn pages(kv: &LayerKv, heads: Heads, dtype: DType) -> Result<usize> {
-    let page = heads.num_kv_heads * BLOCK_SIZE * heads.head_dim;
+/// The pages have `page` numbers each; returns the number of blocks.
+pub(super) fn pages(kv: &LayerKv, page: usize, dtype: DType) -> Result<usize> {
     match *kv.pages.dims() {
         [2, blocks, width]
             if width == page && kv.pages.dtype() == dtype && kv.pages.is_contiguous() =>

@@ -8,10 +8,11 @@ use half::{bf16, f16};
 
 use super::cpu::{self, Cpu, Tier, untouched_zeros};
 #[cfg(feature = "cuda")]
-use super::cuda::Cuda;
+use super::cuda::{Cuda, page_dim};
 use super::{Backend, F32, Heads, Kind, LayerKv, check};
 use crate::config::{BLOCK_SIZE, DType, DeviceChoice};
 use crate::error::{Error, ErrorKind, Result};
+use crate::spec::ModelSpec;
 use crate::weights::Encoding;
 
 /// Bytes of KV cache on a CPU when the caller names no size.
@@ -19,6 +20,19 @@ const CPU_CACHE_BYTES: usize = 2 << 30;
 
 /// Environment variable that names a tier, for comparisons and to narrow down a fault.
 const TIER_VARIABLE: &str = "ASTRAI_CPU_TIER";
+
+/// The largest steps of a model, for which a device keeps memory beside weights and cache.
+#[derive(Debug, Clone, Copy)]
+pub struct StepSizes {
+    /// Most sequences, and their longest, in tokens.
+    pub sequences: (usize, usize),
+    /// Numbers that a step computes, the logits of its sequences included.
+    pub activations: usize,
+    /// Heads of a layer.
+    pub heads: Heads,
+    /// Ids.
+    pub vocab_size: usize,
+}
 
 /// Bytes of a device's memory for the cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,14 +44,22 @@ pub struct CacheBudget {
 }
 
 impl Backend {
-    /// The device of the caller's choice; `num_threads` is the CPU's.
-    pub fn open(device: DeviceChoice, num_threads: Option<usize>, dtype: DType) -> Result<Self> {
+    /// The device of the caller's choice for a model; `num_threads` is the CPU's.
+    pub fn open(
+        device: DeviceChoice,
+        num_threads: Option<usize>,
+        dtype: DType,
+        spec: &ModelSpec,
+    ) -> Result<Self> {
+        let cuda = || {
+            let backend = Self::cuda(0, dtype)?;
+            backend.supports(spec)?;
+            Ok(backend)
+        };
         match device {
-            DeviceChoice::Cuda => Self::cuda(0, dtype),
+            DeviceChoice::Cuda => cuda(),
             DeviceChoice::Cpu => Self::cpu(num_threads, dtype),
-            DeviceChoice::Auto => {
-                Self::cuda(0, dtype).or_else(|_unusable| Self::cpu(num_threads, dtype))
-            }
+            DeviceChoice::Auto => cuda().or_else(|_unusable: Error| Self::cpu(num_threads, dtype)),
         }
     }
 
@@ -76,6 +98,19 @@ impl Backend {
         }
         #[cfg(not(feature = "cuda"))]
         Err(Error::unsupported("device \"cuda\": this build has no CUDA; use \"cpu\" or \"auto\""))
+    }
+
+    /// Whether the device has kernels for a model of these sizes.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`], which names the size.
+    #[cfg_attr(not(feature = "cuda"), allow(unused_variables, clippy::unnecessary_wraps))]
+    pub fn supports(&self, spec: &ModelSpec) -> Result<()> {
+        match &self.kind {
+            Kind::Cpu(_) => Ok(()),
+            #[cfg(feature = "cuda")]
+            Kind::Cuda(cuda) => cuda.supports(spec),
+        }
     }
 
     /// The tiers that this CPU has, slowest first.
@@ -136,7 +171,7 @@ impl Backend {
     /// Empty pages for one layer. On the CPU memory is committed when it is first written.
     pub fn layer_kv(&self, num_blocks: usize, heads: Heads) -> Result<LayerKv> {
         check::heads(heads)?;
-        let page = heads.num_kv_heads * BLOCK_SIZE * heads.head_dim;
+        let page = self.page_len(heads);
         let shape = (2, num_blocks, page);
         let len = page.checked_mul(2 * num_blocks).filter(|&len| len < isize::MAX as usize / 4);
         let len = len.ok_or_else(|| {
@@ -166,18 +201,17 @@ impl Backend {
         Ok(LayerKv { pages: pages? })
     }
 
-    /// Memory for the cache beside `weights` (encodings and counts of numbers) and `activations`
-    /// (numbers). On the CPU 2 GiB, or half of a smaller memory, are usual; on a GPU all that is
+    /// Memory for the cache beside `weights` (encodings and counts of numbers) and what steps need. On the CPU 2 GiB, or half of a smaller memory, are usual; on a GPU all that is
     /// left of `utilization` of its memory.
     ///
     /// # Errors
-    /// [`ErrorKind::OutOfMemory`] when weights and activations alone do not fit a GPU.
+    /// [`ErrorKind::OutOfMemory`] when weights and steps alone do not fit a GPU.
     #[cfg_attr(not(feature = "cuda"), allow(unused_variables, clippy::needless_pass_by_value))]
     pub fn cache_budget(
         &self,
         utilization: f64,
         weights: impl Iterator<Item = (Encoding, usize)>,
-        activations: usize,
+        steps: StepSizes,
     ) -> Result<CacheBudget> {
         match &self.kind {
             Kind::Cpu(_) => {
@@ -187,7 +221,7 @@ impl Backend {
             #[cfg(feature = "cuda")]
             Kind::Cuda(cuda) => {
                 let weights = weights.map(|(encoding, len)| cuda.weight_bytes(encoding, len)).sum();
-                let left = cuda.memory_left(utilization, weights, activations)?;
+                let left = cuda.memory_left(utilization, weights, steps)?;
                 Ok(CacheBudget { usual: left, most: left })
             }
         }
@@ -196,7 +230,17 @@ impl Backend {
     /// Bytes that one cached token of one layer takes.
     #[must_use]
     pub fn kv_bytes_per_token(&self, heads: Heads) -> usize {
-        2 * heads.num_kv_heads * heads.head_dim * self.kv_dtype().size_in_bytes()
+        2 * self.page_len(heads) / BLOCK_SIZE * self.kv_dtype().size_in_bytes()
+    }
+
+    /// Numbers of a page of keys, or of values.
+    pub(super) fn page_len(&self, heads: Heads) -> usize {
+        let head_dim = match &self.kind {
+            Kind::Cpu(_) => heads.head_dim,
+            #[cfg(feature = "cuda")]
+            Kind::Cuda(_) => page_dim(heads),
+        };
+        heads.num_kv_heads * BLOCK_SIZE * head_dim
     }
 
     pub(super) fn kv_dtype(&self) -> candle_core::DType {

@@ -27,7 +27,7 @@ use crate::error::{Error, Result};
 use crate::spec::{Activation, QkNorm, RopePairing};
 use crate::weights::StoredTensor;
 use cpu::Cpu;
-pub use device::CacheBudget;
+pub use device::{CacheBudget, StepSizes};
 pub use draw::{DrawnTokens, PendingDraws};
 pub use graph::DecodeGraphs;
 
@@ -114,7 +114,7 @@ pub struct AttentionOp {
 /// page is the device's own.
 #[derive(Debug, Clone)]
 pub struct LayerKv {
-    /// `[2, num_blocks, kv_heads * BLOCK_SIZE * head_dim]`: keys, then values.
+    /// `[2, num_blocks, kv_heads * BLOCK_SIZE * head_dim]`: keys, then values. Some devices round `head_dim` up.
     pub pages: Tensor,
 }
 
@@ -302,7 +302,7 @@ impl Backend {
         batch: &Batch,
     ) -> Result<()> {
         let rows = check::qkv(qkv, heads, self.activation_dtype())?;
-        check::batch(batch, rows, check::pages(kv, heads, self.kv_dtype())?)?;
+        check::batch(batch, rows, check::pages(kv, self.page_len(heads), self.kv_dtype())?)?;
         check::rope(op, heads, &batch.positions)?;
         match &self.kind {
             Kind::Cpu(cpu) => ops::rope_and_cache(cpu, qkv, heads, op, kv, batch),
@@ -322,7 +322,7 @@ impl Backend {
         batch: &Batch,
     ) -> Result<Tensor> {
         let rows = check::qkv(qkv, heads, self.activation_dtype())?;
-        check::batch(batch, rows, check::pages(kv, heads, self.kv_dtype())?)?;
+        check::batch(batch, rows, check::pages(kv, self.page_len(heads), self.kv_dtype())?)?;
         if op.window == Some(0) {
             return Err(Error::bug("an attention window must be at least 1; given: 0"));
         }

@@ -45,8 +45,7 @@ impl Engine {
         let eos_token_ids = eos_token_ids.clone().unbind();
         py.detach(|| {
             let dtype = options.dtype.name();
-            let backend = options.backend()?;
-            let (device, num_threads) = (backend.device_name(), backend.num_threads());
+            let (opened, device) = mpsc::channel();
             let (ids, given_ids) = mpsc::channel();
             let meanwhile = || {
                 let given = Python::attach(|py| eos_token_ids.call0(py)?.extract(py))?;
@@ -56,8 +55,10 @@ impl Engine {
             };
             #[expect(clippy::redundant_closure_for_method_calls, reason = "of every lifetime")]
             let signals = || Python::attach(|py| py.check_signals());
-            let load = move || options.load(&path, backend, &given_ids);
+            let load = move || options.load(&path, &opened, &given_ids);
             let handle = EngineHandle::start(load, meanwhile, signals)?;
+            let died = |_| Error::bug("the engine thread has opened no device");
+            let (device, num_threads) = device.recv().map_err(died)?;
             Ok(Self { handle, device, dtype, num_threads })
         })
     }

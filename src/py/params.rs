@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::mpsc::Receiver;
+use std::sync::mpsc::{Receiver, Sender};
 
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
@@ -25,6 +25,9 @@ pub(super) struct EngineOptions {
     num_threads: Option<usize>,
     seed: Option<u64>,
 }
+
+/// Name of a device, and threads that its kernels use.
+pub(super) type OpenedDevice = (&'static str, usize);
 
 impl EngineOptions {
     pub(super) fn read(fields: Option<&Bound<'_, PyDict>>) -> PyResult<Self> {
@@ -67,18 +70,17 @@ impl EngineOptions {
         Ok(())
     }
 
-    pub(super) fn backend(&self) -> Result<Backend> {
-        Backend::open(self.device, self.num_threads, self.dtype)
-    }
-
-    /// Loads the model for the engine thread, then waits for `eos_token_ids`.
+    /// Loads the model for the engine thread, tells `opened` of the device, then waits for `eos_token_ids`.
     pub(super) fn load(
         self,
         path: &Path,
-        backend: Backend,
+        opened: &Sender<OpenedDevice>,
         eos_token_ids: &Receiver<Vec<u32>>,
     ) -> Result<(Runner, EngineConfig)> {
         let checkpoint = checkpoint::load(path)?;
+        let backend = Backend::open(self.device, self.num_threads, self.dtype, &checkpoint.spec)?;
+        // One that has given up hears of nothing.
+        let _ = opened.send((backend.device_name(), backend.num_threads()));
         let vocab_size = checkpoint.spec.vocab_size;
         let prefill_beside_decode = backend.prefill_beside_decode();
         let (runner, capacity) = Runner::load(checkpoint, backend, &self.capacity)?;

@@ -7,7 +7,7 @@ use astrai_rs::spec::{QkNorm, RopePairing};
 use candle_core::Tensor;
 
 use crate::backend_support::{Random, assert_close, batch_of, gpu, round_like_cache};
-use crate::{DTYPES, activations, bits, grain, residual, values};
+use crate::{DTYPES, activations, bits, dtype_of, grain, residual, values};
 
 fn rope_op(
     random: &mut Random,
@@ -67,29 +67,63 @@ fn rope_attention_and_cache_match_the_reference() {
         for (case, (num_heads, num_kv_heads, head_dim)) in HEADS.into_iter().enumerate() {
             let heads = Heads { num_heads, num_kv_heads, head_dim };
             let window = [None, Some(1), Some(17), Some(64)][case % 4];
-            check_attention(&mut random, &backend, dtype, heads, (case, window));
+            check_attention(&mut random, &backend, heads, (case, window, 330));
         }
     }
 }
 
-/// Two steps: three sequences of 15, 16 and 330 tokens, then one more token for each.
+/// Every head size with every size of a group, and windows that meet each of them.
+#[test]
+fn heads_of_every_size_match_the_reference() {
+    let mut random = Random::new(19);
+    let backends = [DType::BFloat16, DType::Float16].map(gpu);
+    let groups = [1, 2, 3, 4, 5, 6, 7, 8, 16];
+    let windows = [None, Some(5), Some(40), Some(300)];
+    let odd = [2, 4, 34, 50, 90, 100, 126, 250];
+    for (case, head_dim) in (32..=256).step_by(8).chain(odd).enumerate() {
+        for turn in 0..2 {
+            let group = groups[(case + 5 * turn) % groups.len()];
+            let heads = Heads { num_heads: 2 * group, num_kv_heads: 2, head_dim };
+            let window = windows[(case / 2 + turn) % windows.len()];
+            let backend = &backends[(case + turn) % 2];
+            check_attention(&mut random, backend, heads, (case + turn, window, 50));
+        }
+    }
+}
+
+/// Of one row and of many: four splits and a window that begins in the second.
+#[test]
+fn many_splits_match_the_reference() {
+    let mut random = Random::new(20);
+    for (case, dtype) in DTYPES.into_iter().enumerate() {
+        let backend = gpu(dtype);
+        for (heads, window) in [((2, 1, 64), None), ((3, 1, 100), Some(600)), ((2, 2, 160), None)] {
+            let (num_heads, num_kv_heads, head_dim) = heads;
+            let heads = Heads { num_heads, num_kv_heads, head_dim };
+            check_attention(&mut random, &backend, heads, (case, window, 1000));
+        }
+    }
+}
+
+/// Two steps: three sequences of 15, 16 and `longest` tokens, then one more token for each.
 fn check_attention(
     random: &mut Random,
     backend: &Backend,
-    dtype: DType,
     heads: Heads,
-    (case, window): (usize, Option<usize>),
+    (case, window, longest): (usize, Option<usize>, u32),
 ) {
-    let (op, plain) = rope_op(random, backend, heads.head_dim, case, 340);
-    let num_blocks = 28;
+    let dtype = dtype_of(backend);
+    let (op, plain) = rope_op(random, backend, heads.head_dim, case, longest as usize + 10);
+    let num_blocks = longest.div_ceil(16) as usize + 7;
     let queries = heads.num_heads * heads.head_dim;
     let keys = heads.num_kv_heads * heads.head_dim;
     let width = queries + 2 * keys + 8;
     let kv = backend.layer_kv(num_blocks, heads).unwrap();
     let mut cache = reference::Cache::new(num_blocks, heads);
     let attention = AttentionOp { scale: 0.7 / (heads.head_dim as f32).sqrt(), window };
-    let tables = batch_of(&[(0..16, 0), (16..33, 0), (33..364, 0)], num_blocks as u32, random);
-    for lens in [[(0, 15), (0, 16), (0, 330)], [(15, 1), (16, 1), (330, 1)]] {
+    let end = 34 + longest as usize;
+    let tables = batch_of(&[(0..16, 0), (16..33, 0), (33..end, 0)], num_blocks as u32, random);
+    for lens in [[(0, 15), (0, 16), (0, longest)], [(15, 1), (16, 1), (longest, 1)]] {
         let mut batch = step_of(&tables, lens);
         backend.place(&mut batch, heads, &[window]).unwrap();
         let rows = batch.positions.len();

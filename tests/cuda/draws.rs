@@ -122,12 +122,23 @@ fn draws_that_nobody_waits_for_do_no_harm() {
 fn a_row_that_is_no_row_of_numbers_gives_no_token() {
     let backend = gpu(DType::Float32);
     let draw = Draw { logprobs: Some(1), ..GREEDY };
-    for (bad, want) in
-        [(f32::NAN, None), (f32::INFINITY, None), (f32::NEG_INFINITY, None), (2.0, Some(1))]
-    {
-        let logits = residual(&backend, &[0.0, 1.0, -1.0, 1.0, 1.0, bad], &[2, 3]);
-        let draws = [(0, draw), (1, draw)];
-        let second = want.map(|_| 2);
-        assert_eq!(tokens_of(&backend, &logits, &draws), [Some(1), second], "{bad}");
+    let below = f32::NEG_INFINITY;
+    for (row, want) in [
+        ([1.0, 1.0, f32::NAN], None),
+        ([1.0, 1.0, f32::INFINITY], None),
+        ([below; 3], None),
+        ([1.0, 1.0, 2.0], Some(2)),
+        ([below, -3.0, below], Some(1)),
+        ([-0.0, 0.0, -1.0], Some(0)), // equal
+    ] {
+        let logits = [[0.0, 1.0, -1.0], row].concat();
+        let device = residual(&backend, &logits, &[2, 3]);
+        let drawn = tokens_of(&backend, &device, &[(0, draw), (1, draw)]);
+        assert_eq!(drawn, [Some(1), want], "{row:?}");
+        let sampled = Sampler::new(Vec::new()).draw(&row, &draw).ok();
+        assert_eq!(sampled, want, "{row:?}");
+        let warm = Draw { inverse_temperature: Some(1.0), top_k: Some(2), top_p: 0.9, ..draw };
+        let sampled = Sampler::new(Vec::new()).draw(&row, &warm).ok();
+        assert_eq!(tokens_of(&backend, &device, &[(1, warm)]), [sampled], "{row:?}");
     }
 }

@@ -172,6 +172,16 @@ impl Plan {
     }
 }
 
+/// Numbers of the partial results of a layer, at most.
+pub(super) fn partials(heads: Heads) -> usize {
+    MAX_PARTIALS * partial_len(heads)
+}
+
+/// Numbers of one: of each head and query of a tile, sums, a maximum and a weight.
+pub(super) fn partial_len(heads: Heads) -> usize {
+    heads.num_kv_heads * TILE * (heads.head_dim + 2)
+}
+
 impl PlanSize {
     /// For up to `rows` sequences of up to `positions` tokens, one row of each.
     pub(super) fn of_decode(rows: usize, positions: usize, heads: Heads) -> Self {

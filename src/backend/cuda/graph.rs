@@ -23,9 +23,9 @@ use candle_core::{DType, Tensor};
 
 use super::batch::{DeviceBatch, Places, PlanSize, words};
 use super::{Cuda, address, failed, memory};
-use crate::backend::{Batch, Heads, Placement, Run};
+use crate::backend::{Batch, Heads, Placement, Run, StepSizes};
 use crate::config::BLOCK_SIZE;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 
 /// Steps of more rows are launched kernel by kernel, which they are long enough to hide.
 const MAX_ROWS: usize = 512;
@@ -55,6 +55,15 @@ struct Graph {
 }
 
 impl DecodeGraphs {
+    /// Bytes that graphs keep at most: the logits of each, and block tables.
+    pub(super) fn bytes(steps: StepSizes) -> usize {
+        let (sequences, positions) = steps.sequences;
+        let largest = padded(sequences.min(MAX_ROWS));
+        let rows: usize = (1..=largest).filter(|&rows| rows == padded(rows)).sum();
+        let blocks = largest.saturating_mul(positions.div_ceil(BLOCK_SIZE));
+        rows.saturating_mul(steps.vocab_size).saturating_add(blocks) * size_of::<f32>()
+    }
+
     /// For up to `rows` sequences of up to `positions` tokens, with the attention windows of all layers.
     pub(in crate::backend) fn new(
         cuda: &Arc<Cuda>,
@@ -138,6 +147,11 @@ impl DecodeGraphs {
             (_, Err(DriverError(CAPTURE_ENDED | CAPTURE_REFUSED))) => {
                 self.failures += 1;
                 let _ = memory::refused(stream.cu_stream().cast());
+            }
+            // The step itself has run: it goes without a graph.
+            (Err(error), _) if error.kind() == ErrorKind::OutOfMemory => {
+                self.failures += 1;
+                memory::trim(stream.cu_stream().cast());
             }
             (logits, captured) => {
                 logits?;

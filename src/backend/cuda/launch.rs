@@ -118,13 +118,14 @@ arguments! {
     RopeArgs {
         qkv: Address, cos: Address, sin: Address, q_norm: Address, k_norm: Address,
         positions: Address, slots: Address, keys: Address, values: Address,
-        heads: u32, kv_heads: u32, dim: u32, width: u32, adjacent: u32, qk_norm: u32, eps: f32,
+        heads: u32, kv_heads: u32, dim: u32, width: u32, page_dim: u32,
+        adjacent: u32, qk_norm: u32, eps: f32,
     }
     /// `attention_*`, `merge_*` and `prefill_*`.
     AttentionArgs {
         qkv: Address, keys: Address, values: Address, out: Address, partial: Address,
         positions: Address, blocks: Address, items: Address, num_items: Address,
-        heads: u32, kv_heads: u32, dim: u32, width: u32, window: u32, scale: f32,
+        heads: u32, kv_heads: u32, dim: u32, width: u32, page_dim: u32, window: u32, scale: f32,
     }
 }
 

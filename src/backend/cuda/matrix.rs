@@ -151,47 +151,70 @@ fn stored_as(dtype: DType) -> Encoding {
     }
 }
 
-fn converted<T>(parts: &[StoredTensor], convert: impl Fn(f32) -> T) -> Vec<T> {
-    let mut numbers = Vec::with_capacity(parts.iter().map(|part| part.rows() * part.cols()).sum());
-    for part in parts {
-        let mut row = vec![0.0; part.cols()];
-        for index in 0..part.rows() {
-            dequantize(part.encoding, part.row_bytes(index), &mut row);
-            numbers.extend(row.iter().map(|&x| convert(x)));
+fn converted<T: Clone + Default + Send>(
+    parts: &[StoredTensor],
+    convert: impl Fn(f32) -> T + Sync,
+) -> Vec<T> {
+    let rows = rows_of(parts);
+    let cols = parts[0].cols();
+    let mut numbers = vec![T::default(); rows.len() * cols];
+    in_parallel(&rows, &mut numbers, (1, cols), |rows, out| {
+        let (encoding, bytes) = rows[0];
+        let mut row = vec![0.0; cols];
+        dequantize(encoding, bytes, &mut row);
+        for (out, &x) in out.iter_mut().zip(&row) {
+            *out = convert(x);
         }
-    }
+    });
     numbers
 }
 
-/// Whole panels; rows that are lacking are zeros.
-fn packed(parts: &[StoredTensor], outs: usize, format: Format) -> Vec<u8> {
-    let rows: Vec<&[u8]> =
-        parts.iter().flat_map(|part| (0..part.rows()).map(|row| part.row_bytes(row))).collect();
-    let panel_bytes = parts[0].cols() / CHUNK * format.chunk_bytes();
-    let mut bytes = vec![0; outs.div_ceil(PANEL) * panel_bytes];
+/// Encoding and bytes of each row of `parts`.
+fn rows_of<'a>(parts: &'a [StoredTensor]) -> Vec<(Encoding, &'a [u8])> {
+    let rows = |part: &'a StoredTensor| {
+        (0..part.rows()).map(move |row| (part.encoding, part.row_bytes(row)))
+    };
+    parts.iter().flat_map(rows).collect()
+}
+
+/// Calls `fill(rows, out)` for each `count` rows and their `len` places of `out`, on all CPUs.
+fn in_parallel<R: Sync, T: Send>(
+    rows: &[R],
+    out: &mut [T],
+    (count, len): (usize, usize),
+    fill: impl Fn(&[R], &mut [T]) + Sync,
+) {
     let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let panels = outs.div_ceil(PANEL).div_ceil(threads).max(1);
+    let share = rows.len().div_ceil(count).div_ceil(threads).max(1);
     std::thread::scope(|scope| {
-        for (rows, bytes) in
-            rows.chunks(panels * PANEL).zip(bytes.chunks_mut((panels * panel_bytes).max(1)))
-        {
+        for (rows, out) in rows.chunks(share * count).zip(out.chunks_mut((share * len).max(1))) {
+            let fill = &fill;
             scope.spawn(move || {
-                for (rows, panel) in rows.chunks(PANEL).zip(bytes.chunks_exact_mut(panel_bytes)) {
-                    pack_panel(rows, panel, format);
+                for (rows, out) in rows.chunks(count).zip(out.chunks_exact_mut(len)) {
+                    fill(rows, out);
                 }
             });
         }
     });
+}
+
+/// Whole panels; rows that are lacking are zeros.
+fn packed(parts: &[StoredTensor], outs: usize, format: Format) -> Vec<u8> {
+    let panel_bytes = parts[0].cols() / CHUNK * format.chunk_bytes();
+    let mut bytes = vec![0; outs.div_ceil(PANEL) * panel_bytes];
+    in_parallel(&rows_of(parts), &mut bytes, (PANEL, panel_bytes), |rows, panel| {
+        pack_panel(rows, panel, format);
+    });
     bytes
 }
 
-fn pack_panel(rows: &[&[u8]], panel: &mut [u8], format: Format) {
+fn pack_panel(rows: &[(Encoding, &[u8])], panel: &mut [u8], format: Format) {
     let (block, scales) = match format {
         Format::Q8_0 => (34, 2),
         Format::Q4_1 => (20, 4),
         _ => (18, 2),
     };
-    for (lane, row) in rows.iter().enumerate() {
+    for (lane, (_, row)) in rows.iter().enumerate() {
         let (g, lower) = (lane % 8, lane / 8);
         let chunks = panel.chunks_exact_mut(format.chunk_bytes());
         for (stored, chunk) in row.chunks_exact(block).zip(chunks) {

@@ -13,8 +13,11 @@ use std::sync::{LazyLock, Mutex, PoisonError};
 
 use candle_core::cuda_backend::cudarc::driver::sys;
 
-/// A multiple of every kernel's alignment, and of the driver's own.
-const GRANULE: usize = 512;
+/// Blocks are multiples of it: of every kernel's alignment, and of the driver's own. The emulated device's are
+/// exact, so that it sees where each tensor ends.
+const GRANULE: usize = if cfg!(feature = "cuda-emulator") { 1 } else { 512 };
+/// What a block may be too large for what it is given for: this part of that.
+const WASTE: usize = if cfg!(feature = "cuda-emulator") { usize::MAX } else { 4 };
 const OUT_OF_MEMORY: c_int = 2;
 
 /// Memory of all streams, by the stream's handle.
@@ -39,16 +42,19 @@ struct Pool {
 
 impl Pool {
     /// Gives a block out.
-    fn give(&mut self, block: u64) -> u64 {
+    #[cfg_attr(not(feature = "cuda-emulator"), allow(unused_variables))]
+    fn give(&mut self, block: u64, stream: *mut c_void) -> u64 {
         if self.capturing {
             self.kept.insert(block);
         }
+        #[cfg(feature = "cuda-emulator")]
+        super::emulator::given(block, stream);
         block
     }
 
     /// A free block of `size` bytes or a little more.
     fn take(&mut self, size: usize) -> Option<u64> {
-        let (&found, blocks) = self.free.range_mut(size..=size + size / 4).next()?;
+        let (&found, blocks) = self.free.range_mut(size..=size + size / WASTE).next()?;
         let block = blocks.pop();
         if blocks.is_empty() {
             self.free.remove(&found);
@@ -83,7 +89,7 @@ pub(super) unsafe extern "C" fn alloc_async(
     let size = bytes.max(1).next_multiple_of(GRANULE);
     if let Some(block) = pool.take(size) {
         // SAFETY: the caller's contract.
-        unsafe { out.write(pool.give(block)) };
+        unsafe { out.write(pool.give(block, stream)) };
         return 0;
     }
     let mut block = 0;
@@ -99,7 +105,7 @@ pub(super) unsafe extern "C" fn alloc_async(
         0 => {
             pool.sizes.insert(block, size);
             // SAFETY: the caller's contract.
-            unsafe { out.write(pool.give(block)) };
+            unsafe { out.write(pool.give(block, stream)) };
         }
         OUT_OF_MEMORY => pool.refused = Some(bytes),
         _ => {}
@@ -115,6 +121,8 @@ pub(super) unsafe extern "C" fn free_async(block: u64, stream: *mut c_void) -> c
     let mut pools = POOLS.lock().unwrap_or_else(PoisonError::into_inner);
     let pool = pools.entry(stream as usize).or_default();
     let Some(&size) = pool.sizes.get(&block) else { return 1 }; // CUDA_ERROR_INVALID_VALUE
+    #[cfg(feature = "cuda-emulator")]
+    super::emulator::taken_back(block, stream);
     pool.free.entry(size).or_default().push(block);
     0
 }
@@ -141,6 +149,14 @@ pub(super) unsafe extern "C" fn destroy_stream(stream: *mut c_void) -> c_int {
 pub(super) fn capture(stream: *mut c_void, capturing: bool) {
     let mut pools = POOLS.lock().unwrap_or_else(PoisonError::into_inner);
     pools.entry(stream as usize).or_default().capturing = capturing;
+}
+
+/// Gives what nobody holds back to the driver.
+pub(super) fn trim(stream: *mut c_void) {
+    let mut pools = POOLS.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(pool) = pools.get_mut(&(stream as usize)) {
+        pool.trim();
+    }
 }
 
 /// Bytes of the last request that found no memory, once.

@@ -24,14 +24,18 @@ use candle_core::cuda_backend::{CudaDType, CudaDevice};
 use candle_core::{DType, Device, Layout, Shape, Storage, Tensor};
 use half::{bf16, f16};
 
-use super::{Batch, Heads};
+use super::{Batch, Heads, StepSizes};
 use crate::error::{Error, ErrorKind, Result};
 pub(super) use batch::DeviceBatch;
 pub use draw::PendingDraws;
 pub use graph::DecodeGraphs;
 use launch::{Address, Kernels};
 pub(super) use matrix::Matrix;
+pub(super) use ops::page_dim;
 use staging::Staging;
+
+/// What the driver takes when a kernel first runs, and for what it and the pool round up; a guess.
+const DRIVER_BYTES: usize = 128 << 20;
 
 /// A GPU with our kernels.
 pub(super) struct Cuda {
@@ -82,17 +86,19 @@ impl Cuda {
         Device::Cuda(self.device.clone())
     }
 
-    /// Bytes that weights (in bytes) and activations (numbers of them) leave of `utilization` of the memory.
+    /// Bytes that weights (in bytes) and steps leave of `utilization` of the memory.
     pub(super) fn memory_left(
         &self,
         utilization: f64,
         weights: usize,
-        activations: usize,
+        steps: StepSizes,
     ) -> Result<usize> {
         let (free, total) = self.memory()?;
         let share = ((total as f64 * utilization) as usize).min(free);
-        // A little more for what the driver and the allocator round up.
-        let needed = weights + activations * size_of::<f32>() + (64 << 20);
+        let rope_tables = steps.sequences.1 * steps.heads.head_dim;
+        let numbers = steps.activations + rope_tables + batch::partials(steps.heads);
+        let needed =
+            weights + numbers * size_of::<f32>() + DecodeGraphs::bytes(steps) + DRIVER_BYTES;
         share.checked_sub(needed).filter(|&left| left > 0).ok_or_else(|| {
             let message = format!(
                 "the model needs {needed} bytes of GPU memory beside its cache; {share} may be used \

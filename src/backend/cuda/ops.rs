@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Tensor};
 
-use super::batch::{Cut, DevicePlan, TILE};
+use super::batch::{Cut, DevicePlan, TILE, partial_len};
 use super::launch::{
     Address, Arguments, AttentionArgs, EmbeddingArgs, GateArgs, GatedActivationArgs, GatherArgs,
     Grid, LinearArgs, RmsNormArgs, RopeArgs, SHARED_BYTES,
@@ -11,7 +11,7 @@ use super::matrix::{CHUNK, Format, Matrix};
 use super::{Cuda, DeviceBatch, address};
 use crate::backend::{AttentionOp, Batch, Heads, LayerKv, RopeOp};
 use crate::error::{Error, Result};
-use crate::spec::{QkNorm, RopePairing};
+use crate::spec::{AttentionSpec, ModelSpec, QkNorm, RopePairing};
 use half::bf16;
 
 const ROW_THREADS: u32 = 256;
@@ -55,6 +55,18 @@ impl Cuda {
         // SAFETY: the ops below take the addresses from tensors whose shapes have been checked; memory
         // that is freed after this is reused by later work of the same stream only.
         unsafe { self.kernels.launch(&self.stream, name, grid, args) }
+    }
+
+    /// Whether there are kernels for a model of these sizes.
+    pub(in crate::backend) fn supports(&self, spec: &ModelSpec) -> Result<()> {
+        let AttentionSpec { num_heads, head_dim, .. } = spec.attention;
+        chunks_of(head_dim)?;
+        if self.is_exact() {
+            return Ok(());
+        }
+        check_inputs("a hidden size", spec.hidden_size)?;
+        check_inputs("heads", num_heads * head_dim)?;
+        check_inputs("an intermediate size", spec.mlp.intermediate_size)
     }
 
     pub(in crate::backend) fn embedding(&self, table: &Matrix, batch: &Batch) -> Result<Tensor> {
@@ -115,12 +127,7 @@ impl Cuda {
             self.queue("linear_f32", grid, args)?;
             return Ok(out);
         }
-        if !matrix.cols().is_multiple_of(8) {
-            return Err(Error::unsupported(format!(
-                "on a GPU, layers must have a multiple of 8 inputs; given: {}",
-                matrix.cols()
-            )));
-        }
+        check_inputs("a layer", matrix.cols())?;
         let format = matrix.format;
         if !self.is_few(rows, outs) {
             self.gemm(rows, outs, format, args)?;
@@ -283,6 +290,7 @@ impl Cuda {
             kv_heads: heads.num_kv_heads as u32,
             dim: heads.head_dim as u32,
             width: qkv.dims()[1] as u32,
+            page_dim: page_dim(heads) as u32,
             adjacent: (op.pairing == RopePairing::Adjacent).into(),
             qk_norm: match op.qk_norm {
                 QkNorm::None => 0,
@@ -308,8 +316,7 @@ impl Cuda {
         let out = self.empty((qkv.dims()[0], heads.num_heads * dim), self.dtype)?;
         let placed = placed(batch)?;
         let plan = placed.plan(op.window)?;
-        let partials = (plan.num_partials, heads.num_kv_heads * TILE * (dim + 2));
-        let partial = self.empty(partials, DType::F32)?;
+        let partial = self.empty((plan.num_partials, partial_len(heads)), DType::F32)?;
         let (keys, values) = pages(kv)?;
         let (num_items, items) = plan.items;
         let args = AttentionArgs {
@@ -326,6 +333,7 @@ impl Cuda {
             kv_heads: heads.num_kv_heads as u32,
             dim: dim as u32,
             width: qkv.dims()[1] as u32,
+            page_dim: page_dim(heads) as u32,
             window: op.window.unwrap_or(0) as u32,
             scale: op.scale * std::f32::consts::LOG2_E,
         };
@@ -344,10 +352,10 @@ impl Cuda {
             threads,
             shared_bytes: 0,
         };
+        let chunks = chunks_of(heads.head_dim)?;
         if self.is_exact() {
             return self.queue("attention_f32", grid(plan.num_items, 32), args);
         }
-        let chunks = chunks_of(heads.head_dim)?;
         let of_tiles = |count| grid(count, ATTENTION_WARPS as u32 * 32);
         self.launch(&format!("attention_{{}}_{chunks}"), of_tiles(plan.num_items), args)?;
         let with = |(num_items, items)| AttentionArgs { items, num_items, ..args };
@@ -444,12 +452,24 @@ fn slice_of(cols: usize) -> usize {
 
 /// 32-column chunks of the attention kernel that holds heads of `dim`.
 fn chunks_of(dim: usize) -> Result<usize> {
-    if dim > MAX_HEAD_DIM || !dim.is_multiple_of(8) {
-        return Err(Error::unsupported(format!(
-            "on a GPU, head sizes must be multiples of 8 up to {MAX_HEAD_DIM}; given: {dim}"
-        )));
+    [1, 2, 3, 4, 6, 8].into_iter().find(|chunks| dim <= 32 * chunks).ok_or_else(|| {
+        Error::unsupported(format!("on a GPU, heads are at most {MAX_HEAD_DIM} wide; given: {dim}"))
+    })
+}
+
+/// Tensor cores are fed eight inputs of a layer at once.
+fn check_inputs(what: &str, inputs: usize) -> Result<()> {
+    if inputs.is_multiple_of(8) {
+        return Ok(());
     }
-    Ok([1, 2, 3, 4, 6, 8].into_iter().find(|chunks| dim <= 32 * chunks).unwrap_or(8))
+    Err(Error::unsupported(format!(
+        "on a GPU, layers have a multiple of 8 inputs, but in float32; given: {what} of {inputs}"
+    )))
+}
+
+/// Columns of a head in the pages of the cache.
+pub(in crate::backend) fn page_dim(heads: Heads) -> usize {
+    heads.head_dim.next_multiple_of(8)
 }
 
 /// Keys and values of a layer.

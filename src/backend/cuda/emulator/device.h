@@ -26,6 +26,10 @@ void write_memory(void *to, size_t bytes, const std::function<void()> &write);
 // can be touched. Freed memory stays without access.
 void *allocate(size_t bytes);
 bool release(void *start, std::string &report);
+// A pool gives an allocation of its own out, whose contents are gone then, or takes it back, after which nobody may
+// touch it.
+bool give(void *start, std::string &report);
+bool take_back(void *start, std::string &report);
 // Whether `bytes` from `address` lie in one live allocation.
 bool is_device_memory(const void *address, size_t bytes);
 // What lies at an address, in words.

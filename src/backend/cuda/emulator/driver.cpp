@@ -437,6 +437,16 @@ int cu_get_error(int status, const char **text) {
 // Unused by what we run, yet somebody's code names them.
 int cu_not_emulated() { return INVALID_VALUE; }
 
+// The pool's memory comes and goes in the order of its stream, in graphs too.
+void emulated_given(void *block, void *stream) {
+    Guard guard(lock);
+    enqueue(stream, [=](std::string &report) { return give(block, report); });
+}
+void emulated_taken_back(void *block, void *stream) {
+    Guard guard(lock);
+    enqueue(stream, [=](std::string &report) { return take_back(block, report); });
+}
+
 // How often this thread made something happen: "launches", "graph launches", "allocations"; bytes of device memory "bytes".
 uint64_t emulated_count(const char *what) {
     Guard guard(lock);

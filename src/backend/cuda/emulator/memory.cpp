@@ -19,7 +19,8 @@ struct Allocation {
     size_t bytes;
     char *pages;
     size_t page_bytes;
-    bool live;
+    bool live;    // the driver's
+    bool usable;  // given out by the pool that has it
     void protect(int access) const { mprotect(pages, page_bytes, access); }
 };
 
@@ -40,19 +41,36 @@ bool canaries_intact(uintptr_t start, const Allocation &allocation) {
     return true;
 }
 
-// The live allocation whose pages hold `address`.
+// The usable allocation whose pages hold `address`.
 const std::pair<const uintptr_t, Allocation> *allocation_at(const void *address) {
     const char *at = static_cast<const char *>(address);
     auto after = allocations.upper_bound(reinterpret_cast<uintptr_t>(at));
     for (int near = 0; near < 2; near++) {  // a start lies behind that of its pages
         if (after != allocations.end()) {
             const Allocation &found = after->second;
-            if (found.live && at >= found.pages && at < found.pages + found.page_bytes) return &*after;
+            if (found.usable && at >= found.pages && at < found.pages + found.page_bytes) return &*after;
         }
         if (after == allocations.begin()) break;
         --after;
     }
     return nullptr;
+}
+
+// As memory is that nobody has written. Large allocations keep what is there: filling them would commit them.
+void fill(void *start, const Allocation &allocation) {
+    char *end = allocation.pages + allocation.page_bytes, *last = static_cast<char *>(start) + allocation.bytes;
+    if (allocation.bytes <= 1 << 20) memset(start, UNINITIALISED, allocation.bytes);
+    memset(last, CANARY, end - last);
+}
+
+// Out of reach from now on; false when it was overrun.
+bool retire(uintptr_t start, Allocation &allocation, std::string &report) {
+    const bool intact = canaries_intact(start, allocation);
+    if (!intact) report = "a write past the end of an allocation of " + std::to_string(allocation.bytes) + " bytes";
+    allocation.protect(PROT_NONE);
+    allocation.usable = false;
+    written.erase(start);
+    return intact;
 }
 
 // What kernels have written, out of reach or within.
@@ -71,14 +89,33 @@ void *allocate(size_t bytes) {
     char *pages = mapped + guard;
     mprotect(pages, page_bytes, PROT_READ | PROT_WRITE);
     char *start = pages + page_bytes - used;
-    // Large allocations keep the system's untouched zeros: filling them would commit them.
-    if (size <= 1 << 20) memset(start, UNINITIALISED, size);
-    memset(start + size, CANARY, used - size);
+    fill(start, {size, pages, page_bytes, true, true});
     mprotect(pages, page_bytes, PROT_READ);
     std::lock_guard<std::mutex> lock(memory_lock);
-    allocations[reinterpret_cast<uintptr_t>(start)] = {size, pages, page_bytes, true};
+    allocations[reinterpret_cast<uintptr_t>(start)] = {size, pages, page_bytes, true, true};
     live_bytes += size;
     return start;
+}
+
+bool give(void *start, std::string &report) {
+    std::lock_guard<std::mutex> lock(memory_lock);
+    const auto found = allocations.find(reinterpret_cast<uintptr_t>(start));
+    if (found == allocations.end() || !found->second.live) {
+        report = "the pool gives out what the driver has not given";
+        return false;
+    }
+    found->second.protect(PROT_READ | PROT_WRITE);
+    fill(start, found->second);
+    found->second.protect(PROT_READ);
+    found->second.usable = true;
+    written.erase(found->first);
+    return true;
+}
+
+bool take_back(void *start, std::string &report) {
+    std::lock_guard<std::mutex> lock(memory_lock);
+    const auto found = allocations.find(reinterpret_cast<uintptr_t>(start));
+    return found == allocations.end() || !found->second.usable || retire(found->first, found->second, report);
 }
 
 bool release(void *start, std::string &report) {
@@ -88,10 +125,7 @@ bool release(void *start, std::string &report) {
         report = found == allocations.end() ? "free of what was never allocated" : "double free";
         return false;
     }
-    const bool intact = canaries_intact(found->first, found->second);
-    if (!intact) report = "a write past the end of an allocation of " + std::to_string(found->second.bytes) + " bytes";
-    found->second.protect(PROT_NONE);
-    written.erase(found->first);
+    const bool intact = !found->second.usable || retire(found->first, found->second, report);
     madvise(found->second.pages, found->second.page_bytes, MADV_DONTNEED);
     found->second.live = false;
     live_bytes -= found->second.bytes;
@@ -114,7 +148,7 @@ bool is_device_memory(const void *address, size_t bytes) {
     if (after == allocations.begin()) return false;
     const auto &[start, allocation] = *--after;
     const uintptr_t at = reinterpret_cast<uintptr_t>(address);
-    return allocation.live && at + bytes <= start + allocation.bytes;
+    return allocation.usable && at + bytes <= start + allocation.bytes;
 }
 
 std::string describe(const void *address) {
@@ -125,7 +159,7 @@ std::string describe(const void *address) {
         const uintptr_t pages = reinterpret_cast<uintptr_t>(allocation.pages);
         if (at < pages - guard || at >= pages + allocation.page_bytes + guard) continue;
         const std::string size = std::to_string(allocation.bytes) + " bytes";
-        if (!allocation.live) return "freed memory (it was an allocation of " + size + ")";
+        if (!allocation.usable) return "freed memory (it was an allocation of " + size + ")";
         best = at < start ? "before an allocation of " + size : "past the end of an allocation of " + size;
     }
     return best;

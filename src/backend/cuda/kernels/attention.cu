@@ -37,7 +37,7 @@ struct Walk {
     __device__ void prefetch(const AttentionArgs &args, uint32_t steps) const {
         const uint32_t at = key + steps * STEP_KEYS + threadIdx.x / WARP * KV_PAGE;
         if (at >= limit) return;
-        const uint32_t page = page_of(at), lines = args.dim * KV_PAGE * sizeof(T) / LINE;
+        const uint32_t page = page_of(at), lines = args.page_dim * KV_PAGE * sizeof(T) / LINE;
         for (uint32_t line = threadIdx.x % WARP; line < 2 * lines; line += WARP) {
             const T *start = page_at<T>(line < lines ? args.keys : args.values, args, page);
             prefetch_line(start + line % lines * (LINE / sizeof(T)));
@@ -58,7 +58,7 @@ struct Loaded {
         if (own >= walk.limit) return;
         const T *page = page_at<T>(args.keys, args, walk.page_of(own));
 #pragma unroll
-        for (int i = 0; i < 2 * CHUNKS; i++) keys[i / 2][i % 2] = load_key(page, args.dim, i / 2, i % 2);
+        for (int i = 0; i < 2 * CHUNKS; i++) keys[i / 2][i % 2] = load_key(page, args.page_dim, i / 2, i % 2);
     }
     __device__ void load_page_values(const AttentionArgs &args, const Walk &walk, int page) {
         const uint32_t start = walk.key + page * KV_PAGE;
@@ -66,7 +66,7 @@ struct Loaded {
         const T *from = page_at<T>(args.values, args, walk.page_of(start));
         const int first = Tile<T, CHUNKS, ATTENTION_WARPS>::first_part();
 #pragma unroll
-        for (int part = 0; part < PARTS; part++) values[page][part] = load_values(from, args.dim, first + part);
+        for (int part = 0; part < PARTS; part++) values[page][part] = load_values(from, args.page_dim, first + part);
     }
 };
 
@@ -79,7 +79,7 @@ __device__ inline void score_page(float (&scores)[2][4], const uint4 (&query)[CH
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; chunk++)
             score<T>(scores, query[chunk][0], query[chunk][1], [&](int j) {
-                return loaded.AHEAD ? loaded.keys[chunk][j] : load_key(page, args.dim, chunk, j);
+                return loaded.AHEAD ? loaded.keys[chunk][j] : load_key(page, args.page_dim, chunk, j);
             });
     }
     if (loaded.AHEAD) loaded.load_keys(args, walk, own + STEP_KEYS);
@@ -271,7 +271,7 @@ __device__ inline void attend_exactly(const AttentionArgs &args, const Attention
         float score = -INFINITY;
         if (own >= begin && own <= position) {
             const size_t page = size_t(args.blocks[item.blocks + own / KV_PAGE]) * args.kv_heads + blockIdx.y;
-            const float *k = static_cast<const float *>(args.keys) + (page * KV_PAGE + own % KV_PAGE) * dim;
+            const float *k = static_cast<const float *>(args.keys) + (page * KV_PAGE + own % KV_PAGE) * args.page_dim;
             float product = 0.0f;
             for (uint32_t i = 0; i < dim; i++) product = fmaf(q[i], k[i], product);
             score = product * args.scale;
@@ -285,7 +285,7 @@ __device__ inline void attend_exactly(const AttentionArgs &args, const Attention
             const float its = __shfl_sync(ALL_LANES, weight, other);
             if (at < begin) continue;
             const size_t page = size_t(args.blocks[item.blocks + at / KV_PAGE]) * args.kv_heads + blockIdx.y;
-            const float *v = static_cast<const float *>(args.values) + page * dim * KV_PAGE + at % KV_PAGE;
+            const float *v = static_cast<const float *>(args.values) + page * args.page_dim * KV_PAGE + at % KV_PAGE;
 #pragma unroll
             for (int each = 0; each < MAX_COLUMNS; each++) {
                 const uint32_t column = lane + WARP * each;

@@ -36,7 +36,7 @@ struct MergeItem {
 
 struct AttentionArgs {
     const void *qkv;            // [rows, width]
-    const void *keys, *values;  // [pages, kv_heads, KV_PAGE, dim], [pages, kv_heads, dim, KV_PAGE]
+    const void *keys, *values;  // [pages, kv_heads, KV_PAGE, page_dim], [pages, kv_heads, page_dim, KV_PAGE]
     void *out;                  // [rows, heads * dim]
     float *partial;             // [partials, kv_heads, ATTENTION_ROWS, dim + 2]: sums, maximum, total weight
     const uint32_t *positions;  // [rows]
@@ -44,6 +44,7 @@ struct AttentionArgs {
     const uint32_t *items;      // [*num_items] AttentionItem (or MergeItem)
     const uint32_t *num_items;
     uint32_t heads, kv_heads, dim, width;
+    uint32_t page_dim;          // dim, up to a multiple of 8: columns past it are zeros
     uint32_t window;            // keys that a query sees, itself included; 0: all
     float scale;                // on the products, log2(e) included
 };
@@ -114,6 +115,18 @@ struct Tile {
     }
 };
 
+// Eight columns of a head from `column` on, those past its end as zeros.
+template <typename T>
+__device__ inline uint4 load_columns(const AttentionArgs &args, const T *head, uint32_t column) {
+    if ((args.dim | args.width) % 8 == 0) return load16(head + column);
+    T numbers[8];
+#pragma unroll
+    for (uint32_t i = 0; i < 8; i++) numbers[i] = column + i < args.dim ? head[column + i] : from_float<T>(0.0f);
+    uint4 found;
+    memcpy(&found, numbers, sizeof(found));
+    return found;
+}
+
 // Tells of the rows g and g + 8 of the tile, and has `keep(chunk, half, numbers)` keep the columns
 // 32 · chunk + 8t … of their queries.
 template <typename T, int CHUNKS, int SHARES, typename Keep>
@@ -130,12 +143,13 @@ __device__ inline void load_queries(Tile<T, CHUNKS, SHARES> &tile, const Attenti
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; chunk++) {
             const uint32_t column = 32 * chunk + 8 * t;
-            keep(chunk, half, query.exists && column < args.dim ? load16(from + column) : uint4{0, 0, 0, 0});
+            keep(chunk, half, query.exists && column < args.dim ? load_columns(args, from, column) : uint4{0, 0, 0, 0});
         }
     }
 }
 
-// A lane's part of a page's keys, for score tile j: columns 32 · chunk + 8t … of one key, if it has them.
+// A lane's part of a page's keys, for score tile j: columns 32 · chunk + 8t … of one key, if it has them. `dim`: of
+// the page, here and below.
 __device__ inline bool has_key(uint32_t dim, int chunk) { return 32 * chunk + 8 * (threadIdx.x % 4) < dim; }
 template <typename T>
 __device__ inline const T *key_at(const T *page, uint32_t dim, int chunk, int j) {
@@ -238,7 +252,7 @@ __device__ inline void add_values(Tile<T, CHUNKS, SHARES> &tile, const uint4 &we
 // Keys, or values, of this block's key/value head in a page of the cache.
 template <typename T>
 __device__ inline const T *page_at(const void *pages, const AttentionArgs &args, uint32_t page) {
-    return static_cast<const T *>(pages) + (size_t(page) * args.kv_heads + blockIdx.y) * args.dim * KV_PAGE;
+    return static_cast<const T *>(pages) + (size_t(page) * args.kv_heads + blockIdx.y) * args.page_dim * KV_PAGE;
 }
 
 // The weights of four neighbouring keys, as the tensor cores take them.

@@ -14,9 +14,9 @@ struct RopeArgs {
     const float *q_norm, *k_norm;  // [dim]; null without norm
     const uint32_t *positions;  // [rows]
     const uint32_t *slots;      // [rows]: page · PAGE + token in page, or NO_SLOT
-    void *keys;                 // [pages, kv_heads, PAGE, dim]
-    void *values;               // [pages, kv_heads, dim, PAGE]
-    uint32_t heads, kv_heads, dim, width, adjacent, qk_norm;
+    void *keys;                 // [pages, kv_heads, PAGE, page_dim]
+    void *values;               // [pages, kv_heads, page_dim, PAGE]
+    uint32_t heads, kv_heads, dim, width, page_dim, adjacent, qk_norm;
     float eps;
 };
 
@@ -91,10 +91,10 @@ __device__ void rope_and_cache(const RopeArgs &args) {
     const uint32_t kv_head = (head - args.heads) % kv_heads;
     const size_t page = size_t(slot / PAGE) * kv_heads + kv_head, token = slot % PAGE;
     if (head < args.heads + kv_heads) {
-        T *key = static_cast<T *>(args.keys) + (page * PAGE + token) * dim;
+        T *key = static_cast<T *>(args.keys) + (page * PAGE + token) * args.page_dim;
         rope_head(args, from, key, args.k_norm, position);
     } else {
-        T *values = static_cast<T *>(args.values) + page * dim * PAGE + token;
+        T *values = static_cast<T *>(args.values) + page * args.page_dim * PAGE + token;
         for (uint32_t i = threadIdx.x % WARP; i < dim; i += WARP) values[size_t(i) * PAGE] = from[i];
     }
 }

@@ -33,7 +33,7 @@ struct ScoreArgs {
 struct SampleArgs {
     const float *logits;  // [rows, vocab]
     const Draw *draws;    // of the blocks
-    uint32_t *tokens;     // of the blocks; NO_TOKEN where a logit is NaN or infinite
+    uint32_t *tokens;     // of the blocks; NO_TOKEN where a logit is NaN, or the largest is infinite
     uint32_t vocab;
 };
 
@@ -41,9 +41,9 @@ constexpr int SAMPLE_WARPS = 32, SAMPLE_THREADS = SAMPLE_WARPS * WARP;
 constexpr uint32_t NO_TOKEN = 0xffffffffu;
 constexpr int DIGITS = 1 << 11, GROUPS = 64;  // of a digit's values, and sums over as many of them
 
-// Larger for larger logits.
+// Larger for larger logits, the same for both zeros.
 __device__ inline uint32_t key_of(float logit) {
-    const uint32_t bits = __float_as_uint(logit);
+    const uint32_t bits = __float_as_uint(logit + 0.0f);
     return bits >> 31 ? ~bits : bits | 0x80000000;
 }
 
@@ -248,15 +248,16 @@ __device__ void pick(const float *logits, uint32_t vocab, const Kept &kept, doub
     }
 }
 
-// The largest key, and of equal ones the first id; above them all where a logit is no number.
+// The largest key, and of equal ones the first id; above them all where none can be drawn.
 __device__ Mass best_of(const float *logits, uint32_t vocab) {
     SHARED(Mass, room, SAMPLE_WARPS);
     Mass best = 0;
     for_each_logit(logits, vocab, [&](uint32_t id, float logit) {
-        const bool broken = !(fabsf(logit) <= 3.4028234e38f);
+        const bool broken = !(logit < INFINITY);
         best = max(best, broken ? ~Mass(0) : Mass(key_of(logit)) << 32 | (NO_TOKEN - id));
     });
-    return block_max(best, room);
+    best = block_max(best, room);
+    return best >> 32 == key_of(-INFINITY) ? ~Mass(0) : best;
 }
 
 KERNEL(sample, SampleArgs, SAMPLE_THREADS) {
