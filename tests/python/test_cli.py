@@ -12,7 +12,7 @@ import pytest
 import astrai_rs
 from astrai_rs import AutoTokenizer, Engine, SamplingParams
 from astrai_rs.model import embedded_model
-from conftest import FIXTURES, GLASS, INTERRUPTIBLE, LIMIT, python
+from conftest import FIXTURES, GLASS, INTERRUPTIBLE, LIMIT, NO_CUDA, python, unless_cuda_works
 from serving import serving
 
 EXACT = ("--dtype", "float32")
@@ -175,7 +175,7 @@ def test_bad_jsonl(tmp_path, line, message):
         (("run", "a", "--seed", "-2"), 2, "seed must be between 0 and 18446744073709551615"),
         (("run", "a", "--max-tokens", "0"), 2, "max_tokens must be at least 1; given: 0"),
         (("run", "a", "--max-tokens", "x"), 2, "max-tokens"),
-        (("run", "a", "--device", "cuda"), 1, 'device "cuda": this build has no CUDA'),
+        pytest.param(("run", "a", "--device", "cuda"), 1, NO_CUDA[1], marks=unless_cuda_works),
         (("run", "a", "--device", "tpu"), 2, "device must be one of auto, cpu, cuda"),
         (("run", "a", "--dtype", "int3"), 2, "dtype must be one of auto, float32, bfloat16, float16"),
         (("run", "a", "--threads", "0"), 2, "num_threads must be at least 1; given: 0"),
