@@ -97,11 +97,18 @@ class Bench:
 
     def _step_seconds(self, engine: Engine, batch: int) -> float:
         params = SamplingParams(temperature=0, max_tokens=self.sizes["out"], ignore_eos=True)
+        before = engine.stats()["steps"]
         outputs = engine.generate(self.prompts(batch, 16), params)
+        total = engine.stats()["steps"] - before
         # From when all are running to when the first is done.
         start = max(output.metrics.first_token_time for output in outputs)
         end = min(output.metrics.finished_time for output in outputs)
-        return (end - start) / (self.sizes["out"] - 1)
+        # They start some steps apart. The last one ends with step `total`, so it began with
+        # `total - out + 1`; the first one began with step 1, so it ends with `out`.
+        steps = 2 * self.sizes["out"] - 1 - total
+        if steps < 1:
+            sys.exit(f"of {batch} sequences one was done before all were running")
+        return (end - start) / steps
 
     def prefill(self) -> dict[str, Any]:
         figures, first = {}, SamplingParams(temperature=0, max_tokens=1)

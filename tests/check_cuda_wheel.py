@@ -1,4 +1,4 @@
-"""Checks a CUDA wheel: no CUDA library is needed to import it, and it is not too large.
+"""Checks a CUDA wheel: it is not too large, needs no CUDA library, and works where there is none.
 
 python tests/check_cuda_wheel.py WHEEL
 """
@@ -16,11 +16,10 @@ FUNCTIONS = re.compile(r"^(cu[A-Z]|cuda[A-Z]|cublas|curand|nvrtc)")
 
 
 def run(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def main() -> None:
-    wheel = Path(sys.argv[1])
+def check_linking(wheel: Path) -> None:
     size = wheel.stat().st_size
     if size > MAX_BYTES:
         sys.exit(f"{wheel.name} has {size} bytes; allowed: {MAX_BYTES}")
@@ -36,6 +35,22 @@ def main() -> None:
         if found:
             sys.exit(f"{wheel.name} needs {kind} of CUDA: {', '.join(found)}")
     print(f"{wheel.name}: {size / 1e6:.1f} MB, needs {', '.join(needed)}")
+
+
+def check_use(wheel: Path) -> None:
+    """Installs it where nothing else is, and uses it."""
+    with tempfile.TemporaryDirectory() as folder:
+        run(sys.executable, "-m", "venv", folder)
+        # Isolated from the sources here and from PYTHONPATH.
+        python = (f"{folder}/bin/python", "-I")
+        run(*python, "-m", "pip", "install", "--quiet", str(wheel))
+        print(run(*python, str(Path(__file__).with_name("check_installed_wheel.py"))), end="")
+
+
+def main() -> None:
+    wheel = Path(sys.argv[1])
+    check_linking(wheel)
+    check_use(wheel)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import hypothesis
 import pytest
 
 import astrai_rs
-from astrai_rs import Engine
+from astrai_rs import Engine, _core
 from random_model import write_random_model
 
 # The same examples in every run: a red test is somebody's change, not luck.
@@ -26,6 +27,27 @@ GLASS = FIXTURES / "golden/glass-llama"
 
 LIMIT = 60
 """Seconds after which something hangs; nothing here takes more than a few."""
+
+
+def has_driver() -> bool:
+    """Whether NVIDIA's is installed."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+IS_CUDA_BUILD = _core.system_info()["cuda"]
+NO_CUDA = (
+    (RuntimeError, "no NVIDIA driver: libcuda.so.1 was not found")
+    if IS_CUDA_BUILD
+    else (NotImplementedError, "this build has no CUDA")
+)
+"""What `device="cuda"` raises."""
+unless_cuda_works = pytest.mark.skipif(
+    IS_CUDA_BUILD and has_driver(), reason="built with CUDA, and an NVIDIA driver is here"
+)
 
 
 @pytest.fixture

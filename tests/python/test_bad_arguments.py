@@ -15,7 +15,7 @@ import pytest
 
 from astrai_rs import ChatTemplate, CheckpointError, Engine, SamplingParams
 from astrai_rs.model import AutoModel
-from conftest import FIXTURES, GLASS, assert_idle
+from conftest import FIXTURES, GLASS, NO_CUDA, assert_idle, unless_cuda_works
 
 ENGINE = [
     ({"model": 3}, TypeError, "model must be a path or a hub id, not int"),
@@ -23,7 +23,6 @@ ENGINE = [
     ({"tokenizer": 3}, TypeError, "tokenizer must have encode and decode; int has no encode"),
     ({"tokenizer": "/no/such"}, FileNotFoundError, "/no/such: no such file or folder"),
     ({"device": "tpu"}, ValueError, 'device must be one of auto, cpu, cuda; given: "tpu"'),
-    ({"device": "cuda"}, NotImplementedError, "this build has no CUDA"),
     ({"device": 5}, TypeError, "device: 'int' object is not an instance of 'str'; given: 5"),
     ({"dtype": "int3"}, ValueError, 'dtype must be one of auto, float32, bfloat16, float16; given: "int3"'),
     ({"dtype": None}, TypeError, "dtype: 'None' is not an instance of 'str'; given: None"),
@@ -150,6 +149,13 @@ def test_engine(options, error, message):
     with pytest.raises(error) as caught:
         Engine(**({"model": GLASS} | options))
     assert message in str(caught.value)
+
+
+@unless_cuda_works
+def test_a_gpu_that_cannot_be_used():
+    error, message = NO_CUDA
+    with pytest.raises(error, match=message):
+        Engine(GLASS, device="cuda")
 
 
 @pytest.mark.parametrize(("fields", "message"), SAMPLING, ids=str)

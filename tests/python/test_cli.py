@@ -12,7 +12,7 @@ import pytest
 import astrai_rs
 from astrai_rs import AutoTokenizer, Engine, SamplingParams
 from astrai_rs.model import embedded_model
-from conftest import FIXTURES, GLASS, INTERRUPTIBLE, LIMIT, python
+from conftest import FIXTURES, GLASS, INTERRUPTIBLE, LIMIT, NO_CUDA, python, unless_cuda_works
 from serving import serving
 
 EXACT = ("--dtype", "float32")
@@ -175,11 +175,12 @@ def test_bad_jsonl(tmp_path, line, message):
         (("run", "a", "--seed", "-2"), 2, "seed must be between 0 and 18446744073709551615"),
         (("run", "a", "--max-tokens", "0"), 2, "max_tokens must be at least 1; given: 0"),
         (("run", "a", "--max-tokens", "x"), 2, "max-tokens"),
-        (("run", "a", "--device", "cuda"), 1, 'device "cuda": this build has no CUDA'),
+        pytest.param(("run", "a", "--device", "cuda"), 1, NO_CUDA[1], marks=unless_cuda_works),
         (("run", "a", "--device", "tpu"), 2, "device must be one of auto, cpu, cuda"),
         (("run", "a", "--dtype", "int3"), 2, "dtype must be one of auto, float32, bfloat16, float16"),
         (("run", "a", "--threads", "0"), 2, "num_threads must be at least 1; given: 0"),
         (("run", "a", "--max-model-len", "129"), 2, "max_model_len must be at most 128"),
+        (("run", "a", "--gpu-memory-utilization", "1.5"), 2, "gpu_memory_utilization must be above 0 and at"),
         (("run", "word " * 200), 2, "tokens"),
         (("run", "a", "--input", "x"), 2, "give a prompt or --input, not both"),
         (("run", "--input", "/no/such"), 2, "/no/such: no such file"),

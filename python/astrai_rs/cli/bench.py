@@ -17,6 +17,7 @@ from astrai_rs.cli.common import (
     USAGE,
     Device,
     Dtype,
+    GpuMemory,
     MaxLen,
     Model,
     Threads,
@@ -54,13 +55,14 @@ def latency(
     dtype: Dtype = "auto",
     threads: Threads = None,
     max_model_len: MaxLen = None,
+    gpu_memory_utilization: GpuMemory = 0.9,
 ) -> None:
     """Time from a batch of prompts to its last token."""
     from rich.console import Console
     from rich.progress import track
 
     _check_writable(output_json)
-    with open_engine(model, device, dtype, threads, max_model_len) as engine:
+    with open_engine(model, device, dtype, threads, max_model_len, gpu_memory_utilization) as engine:
         latencies = []
         console = Console(stderr=True)
         for index in track(range(num_iters_warmup + num_iters), "measuring", console=console):
@@ -94,10 +96,11 @@ def throughput(
     dtype: Dtype = "auto",
     threads: Threads = None,
     max_model_len: MaxLen = None,
+    gpu_memory_utilization: GpuMemory = 0.9,
 ) -> None:
     """Tokens per second of many prompts together."""
     _check_writable(output_json)
-    with open_engine(model, device, dtype, threads, max_model_len) as engine:
+    with open_engine(model, device, dtype, threads, max_model_len, gpu_memory_utilization) as engine:
         _generate(engine, _prompts(engine, 1, input_len, seed - 1), 8)
         prompts = _prompts(engine, num_prompts, input_len, seed)
         start = time.perf_counter()

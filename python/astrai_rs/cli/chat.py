@@ -15,6 +15,7 @@ from astrai_rs.cli.common import (
     FAILED,
     Device,
     Dtype,
+    GpuMemory,
     MaxLen,
     MaxTokens,
     Model,
@@ -49,6 +50,7 @@ def chat(
     dtype: Dtype = "auto",
     threads: Threads = None,
     max_model_len: MaxLen = None,
+    gpu_memory_utilization: GpuMemory = 0.9,
 ) -> None:
     """Talk to a model. Ctrl-C stops an answer; at the prompt it leaves."""
     from astrai_rs.request import SamplingParams
@@ -56,7 +58,7 @@ def chat(
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
     )
-    with open_engine(model, device, dtype, threads, max_model_len) as engine:
+    with open_engine(model, device, dtype, threads, max_model_len, gpu_memory_utilization) as engine:
         if getattr(engine.tokenizer, "chat_template", None) is None:
             fail("the model has no chat template; use: astrai-rs run --raw", FAILED)
         Conversation(engine, params, system).loop()

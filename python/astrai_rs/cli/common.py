@@ -22,6 +22,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default: all that the process may use.")]
 MaxLen = Annotated[int | None, typer.Option("--max-model-len", help="Most tokens of prompt and output.")]
+GpuMemory = Annotated[float, typer.Option(help="Share of a GPU's memory for weights, cache and activations.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens to generate.")]
 Temperature = Annotated[float, typer.Option("--temperature", "-t", help="0 is greedy.")]
 TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens of this total probability.")]
@@ -43,6 +44,7 @@ def open_engine(
     dtype: str,
     threads: int | None,
     max_model_len: int | None,
+    gpu_memory_utilization: float,
     **limits: Any,
 ) -> Engine:
     from astrai_rs.engine import Engine
@@ -54,7 +56,7 @@ def open_engine(
     if not path:
         fail("no --model given, and no embedded one: pip install 'astrai_rs[demo]'", USAGE)
     options: dict[str, Any] = {"device": device, "dtype": dtype, "num_threads": threads}
-    options |= {"max_model_len": max_model_len, **limits}
+    options |= {"max_model_len": max_model_len, "gpu_memory_utilization": gpu_memory_utilization, **limits}
     return Engine(path, **options)
 
 

@@ -17,6 +17,7 @@ from astrai_rs.cli.common import (
     USAGE,
     Device,
     Dtype,
+    GpuMemory,
     MaxLen,
     MaxTokens,
     Model,
@@ -59,6 +60,7 @@ def run(
     dtype: Dtype = "auto",
     threads: Threads = None,
     max_model_len: MaxLen = None,
+    gpu_memory_utilization: GpuMemory = 0.9,
 ) -> None:
     """Answer a prompt, or every line of a JSONL file."""
     from astrai_rs.request import SamplingParams
@@ -78,7 +80,10 @@ def run(
         lines = read_jsonl(input, params)
         # Opened first: a wrong path must not cost the answers.
         sink = output.open("w", encoding="utf-8") if output is not None else nullcontext(sys.stdout)
-        with sink as file, open_engine(model, device, dtype, threads, max_model_len) as engine:
+        with (
+            sink as file,
+            open_engine(model, device, dtype, threads, max_model_len, gpu_memory_utilization) as engine,
+        ):
             if not run_batch(engine, lines, file, raw=raw):
                 raise typer.Exit(FAILED)
         return
@@ -92,7 +97,7 @@ def run(
         prompt.encode()
     except UnicodeEncodeError as error:  # bytes that are no UTF-8 come as halves of surrogate pairs
         fail(f"the prompt is not UTF-8 from character {error.start} on", USAGE)
-    with open_engine(model, device, dtype, threads, max_model_len) as engine:
+    with open_engine(model, device, dtype, threads, max_model_len, gpu_memory_utilization) as engine:
         messages = [{"role": "system", "content": system}] if system else []
         ids = prompt_ids(engine, [*messages, {"role": "user", "content": prompt}], raw=raw, text=prompt)
         answer(engine, ids, params, as_json=as_json)

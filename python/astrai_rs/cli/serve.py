@@ -16,6 +16,7 @@ from astrai_rs.cli.common import (
     USAGE,
     Device,
     Dtype,
+    GpuMemory,
     MaxLen,
     Model,
     Threads,
@@ -56,6 +57,7 @@ def serve(
     dtype: Dtype = "auto",
     threads: Threads = None,
     max_model_len: MaxLen = None,
+    gpu_memory_utilization: GpuMemory = 0.9,
 ) -> None:
     """Serve a model over HTTP: OpenAI's, Anthropic's and AstrAI's interfaces."""
     if not all(map(find_spec, ("fastapi", "uvicorn", "prometheus_client"))):
@@ -93,7 +95,9 @@ def serve(
     # Before the model is loaded, which takes longer.
     sockets = listen(host, port) if uds is None else [listen_unix(uds)]
     try:
-        with open_engine(model, device, dtype, threads, max_model_len, **limits) as engine:
+        with open_engine(
+            model, device, dtype, threads, max_model_len, gpu_memory_utilization, **limits
+        ) as engine:
             run_server(engine, settings, sockets)
     finally:
         for each in sockets:
