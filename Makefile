@@ -35,7 +35,8 @@ develop: $(VENV)/.ready ## Build the extension (release) and install the package
 run: develop ## Build, install and let the embedded model answer PROMPT="…"
 	$(BIN)/astrai-rs run "$(PROMPT)"
 
-test: test-rust test-python ## Run all tests
+# CUDA's emulated GPU where CUDA's compiler is set up.
+test: test-rust test-python $(if $(wildcard $(CUDA_HOME)/bin/nvcc),test-cuda) ## Run all tests
 
 test-rust: ## Rust unit and integration tests
 	cargo $(CARGO_TEST)

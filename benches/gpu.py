@@ -68,16 +68,23 @@ class Bench:
         }
 
     def kernels(self) -> dict[str, Any]:
-        """`cargo bench --bench kernels` on the GPU, with the products' share of the peak."""
-        environment = os.environ | {"ASTRAI_DEVICE": "cuda"}
-        done = subprocess.run(
-            [self.kernels_path], env=environment, stdout=subprocess.PIPE, text=True, check=True
-        )
-        report = json.loads(done.stdout.splitlines()[-1])
+        """`cargo bench --bench kernels` on the GPU, with the products' share of the peak, and how much slower
+        they are than where their sums depend on the batch."""
+        report, free = self._kernels("fixed"), self._kernels("free")
+        for name, op in report["ops"].items():
+            op["cost_of_invariance"] = free["ops"][name]["rate"] / op["rate"] - 1
         peak = self.results.get("limits", {}).get("matmul_flops")
         for op in report["ops"].values():
             if op["unit"] == "GMAC/s" and peak:
                 op["of_limit"] = op["rate"] * 2e9 / peak
+        return report
+
+    def _kernels(self, sums: str) -> dict[str, Any]:
+        environment = os.environ | {"ASTRAI_DEVICE": "cuda", "ASTRAI_SUMS": sums}
+        done = subprocess.run(
+            [self.kernels_path], env=environment, stdout=subprocess.PIPE, text=True, check=True
+        )
+        report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return report
 
     def decode(self) -> dict[str, Any]:

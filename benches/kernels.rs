@@ -1,7 +1,7 @@
 //! Time of each op: on the CPU at the shapes of SmolLM2-135M, on a GPU at those of a 1 B AstrAI model.
 //!
 //! `cargo bench --bench kernels [-- FILTER]`; `ASTRAI_DEVICE=cuda`, `ASTRAI_THREADS`, `ASTRAI_TIER` and
-//! `ASTRAI_DTYPE` choose the backend. Prints medians of about a third of a second each, with rates as
+//! `ASTRAI_DTYPE` choose the backend, `ASTRAI_SUMS=free` one whose sums depend on the batch. Prints medians of about a third of a second each, with rates as
 //! fractions of this machine's measured limits, and one JSON line at the end. Weights are cycled through
 //! copies of at least 200 MB where memory is what limits.
 #![allow(missing_docs, clippy::print_stdout)] // A bench prints.
@@ -94,6 +94,10 @@ fn backend() -> Backend {
     let dtype = setting("ASTRAI_DTYPE")
         .map_or(config::DType::Auto, |d| config::DType::parse(&d).expect("a dtype"));
     match (setting("ASTRAI_DEVICE").as_deref(), setting("ASTRAI_TIER")) {
+        #[cfg(feature = "cuda")]
+        (Some("cuda"), _) if setting("ASTRAI_SUMS").as_deref() == Some("free") => {
+            Backend::cuda_with_free_sums(0, dtype)
+        }
         (Some("cuda"), _) => Backend::cuda(0, dtype),
         (_, Some(tier)) => Backend::cpu_with_tier(threads, dtype, &tier),
         _ => Backend::cpu(threads, dtype),

@@ -36,8 +36,7 @@ impl Decoder {
         backend: &Backend,
         max_positions: usize,
     ) -> Result<Self> {
-        let rope =
-            rope_tables(&spec.rope, spec.attention.head_dim, max_positions, backend.device())?;
+        let rope = rope_tables(&spec.rope, spec.attention.head_dim, max_positions, backend)?;
         let mut builder = Builder { weights: &mut weights, backend };
         let (vocab, hidden) = (spec.vocab_size, spec.hidden_size);
         let embed = backend.table(builder.matrix("embed.weight", vocab, hidden)?)?;

@@ -38,6 +38,10 @@ pub enum Encoding {
 }
 
 impl Encoding {
+    /// Each of them.
+    pub const ALL: [Self; 6] =
+        [Self::F32, Self::F16, Self::BF16, Self::Q4_0, Self::Q4_1, Self::Q8_0];
+
     /// Numbers in one block; a row holds whole blocks.
     #[must_use]
     pub fn block_len(self) -> usize {
@@ -112,6 +116,15 @@ impl fmt::Debug for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Bytes({:?})", self.range)
     }
+}
+
+/// Keeps what a device makes of weights from one load to the next.
+pub trait PackedWeights: Send {
+    /// The `len` bytes that are kept as `name`, from a cache line on.
+    fn find(&self, name: &str, len: usize) -> Option<Bytes>;
+
+    /// Keeps bytes for the next load; where that fails, nothing is kept.
+    fn keep(&mut self, name: &str, bytes: &[u8]);
 }
 
 /// One tensor as its file stores it: row-major, little-endian.

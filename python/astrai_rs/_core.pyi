@@ -1,6 +1,7 @@
 """The Rust core: token ids, numbers, paths and errors. It knows nothing about text."""
 
 from collections.abc import Callable, Sequence
+from os import PathLike
 from typing import Any, Self, final
 
 __all__ = [
@@ -80,6 +81,7 @@ class Engine:
         kv_cache_tokens: int | None = None,
         enable_prefix_caching: bool = True,
         num_threads: int | None = None,
+        packed_cache: str | PathLike[str] | None = None,
         seed: int | None = None,
     ) -> Self:
         """Load the model. `eos_token_ids` is called meanwhile, on this thread; what it raises ends the

@@ -58,6 +58,8 @@ class Engine:
         enable_prefix_caching: reuse the cache of equal beginnings of prompts.
         gpu_memory_utilization: share of a GPU's memory for weights, cache and activations.
         num_threads: CPU threads; None takes the CPUs that the process may use.
+        packed_cache: folder where weights are kept in the form that the CPU's kernels take (about the size
+            of the model), so that the next load need not make it; None keeps nothing.
         seed: seeds requests that bring none.
 
     Raises:
@@ -65,6 +67,7 @@ class Engine:
         CheckpointError: a file is damaged or incomplete; the message names what.
         NotImplementedError: a model or tokenizer of a kind that is not supported.
         ValueError: an argument is out of range.
+        OSError: `packed_cache` cannot be read or written.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class Engine:
         enable_prefix_caching: bool = True,
         gpu_memory_utilization: float = 0.9,
         num_threads: int | None = None,
+        packed_cache: str | Path | None = None,
         seed: int | None = None,
     ) -> None:
         path = resolve(model)
@@ -107,6 +111,7 @@ class Engine:
             enable_prefix_caching=enable_prefix_caching,
             gpu_memory_utilization=gpu_memory_utilization,
             num_threads=num_threads,
+            packed_cache=packed_cache,
             seed=seed,
         )
         self._codec = _codec(self.tokenizer)

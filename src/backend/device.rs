@@ -1,6 +1,6 @@
 //! Opening a device, and its memory.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use candle_core::{Device, Tensor};
 use half::vec::HalfBitsVecExt;
@@ -8,12 +8,12 @@ use half::{bf16, f16};
 
 use super::cpu::{self, Cpu, Tier, untouched_zeros};
 #[cfg(feature = "cuda")]
-use super::cuda::{Cuda, page_dim};
+use super::cuda::{Cuda, Sums, page_dim};
 use super::{Backend, F32, Heads, Kind, LayerKv, check};
 use crate::config::{BLOCK_SIZE, DType, DeviceChoice};
 use crate::error::{Error, ErrorKind, Result};
 use crate::spec::ModelSpec;
-use crate::weights::Encoding;
+use crate::weights::{Encoding, PackedWeights};
 
 /// Bytes of KV cache on a CPU when the caller names no size.
 const CPU_CACHE_BYTES: usize = 2 << 30;
@@ -93,11 +93,23 @@ impl Backend {
     pub fn cuda(ordinal: usize, dtype: DType) -> Result<Self> {
         #[cfg(feature = "cuda")]
         {
-            let cuda = Cuda::open(ordinal, float_type(dtype))?;
-            Ok(Self { device: cuda.device(), kind: Kind::Cuda(Arc::new(cuda)) })
+            Self::cuda_of(ordinal, dtype, Sums::Fixed)
         }
         #[cfg(not(feature = "cuda"))]
         Err(Error::unsupported("device \"cuda\": this build has no CUDA; use \"cpu\" or \"auto\""))
+    }
+
+    /// As [`Self::cuda`], with linear layers whose sums depend on the batch: for a bench of what it costs that they
+    /// do not.
+    #[cfg(feature = "cuda")]
+    pub fn cuda_with_free_sums(ordinal: usize, dtype: DType) -> Result<Self> {
+        Self::cuda_of(ordinal, dtype, Sums::Free)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_of(ordinal: usize, dtype: DType, sums: Sums) -> Result<Self> {
+        let cuda = Cuda::open(ordinal, float_type(dtype), sums)?;
+        Ok(Self { device: cuda.device(), kind: Kind::Cuda(Arc::new(cuda)) })
     }
 
     /// Whether the device has kernels for a model of these sizes.
@@ -117,6 +129,24 @@ impl Backend {
     #[must_use]
     pub fn cpu_tiers() -> Vec<&'static str> {
         Tier::ALL.into_iter().filter(|tier| tier.is_present()).map(Tier::name).collect()
+    }
+
+    /// All that packed weights depend on, beside the weights; `None` where they are not kept: on a GPU.
+    #[must_use]
+    pub fn packed_layout(&self) -> Option<String> {
+        match &self.kind {
+            Kind::Cpu(cpu) => Some(cpu.layout()),
+            #[cfg(feature = "cuda")]
+            Kind::Cuda(_) => None,
+        }
+    }
+
+    /// Has [`Self::pack`] look for weights in `kept` first, and keep them there. Once for a backend.
+    #[cfg_attr(not(feature = "cuda"), allow(irrefutable_let_patterns))]
+    pub fn keep_packed(&self, kept: Arc<Mutex<dyn PackedWeights>>) {
+        if let Kind::Cpu(cpu) = &self.kind {
+            cpu.keep_packed(kept);
+        }
     }
 
     /// The candle device of the tensors.

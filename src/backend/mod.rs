@@ -154,8 +154,16 @@ pub struct Run {
 impl Backend {
     /// A stored vector (norm weight, bias) as an f32 tensor of the same shape.
     pub fn vector(&self, stored: &StoredTensor) -> Result<Tensor> {
-        let numbers = reference::numbers(stored);
-        Ok(Tensor::from_vec(numbers, stored.shape.as_slice(), &self.device)?)
+        self.floats(reference::numbers(stored), &stored.shape)
+    }
+
+    /// An f32 tensor of these numbers.
+    pub fn floats(&self, numbers: Vec<f32>, shape: &[usize]) -> Result<Tensor> {
+        Tensor::from_vec(numbers, shape, &self.device).map_err(|error| match &self.kind {
+            Kind::Cpu(_) => error.into(),
+            #[cfg(feature = "cuda")]
+            Kind::Cuda(cuda) => cuda.explain(error),
+        })
     }
 
     /// Packs the rows of `parts` (`[out_i, in]` each, encodings may differ) into one projection.

@@ -2,13 +2,15 @@
 //! canonical names; past this module nothing knows which format or family a model came from.
 //!
 //! Reading order: this file (what is it?), `fields` (configuration keys), `rules` (tensor names),
-//! then one file per format: `hf` (with `rope`), `astrai`, [`gguf`]; `safetensors` and `mmap` below.
+//! then one file per format: `hf` (with `rope`), `astrai`, [`gguf`]; `safetensors` and `mmap` below. `packed` keeps what
+//! a device makes of the weights.
 
 mod astrai;
 mod fields;
 pub mod gguf;
 mod hf;
 mod mmap;
+mod packed;
 mod rope;
 mod rules;
 mod safetensors;
@@ -17,6 +19,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use self::fields::Fields;
+pub use self::packed::PackedCache;
 use self::rules::{HEAD, Names};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::spec::{MAX_LAYERS, ModelSpec};

@@ -2,8 +2,9 @@
 
 use std::f64::consts::PI;
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
+use crate::backend::Backend;
 use crate::error::Result;
 use crate::spec::{RopeScaling, RopeSpec};
 
@@ -14,7 +15,7 @@ pub fn rope_tables(
     rope: &RopeSpec,
     head_dim: usize,
     max_positions: usize,
-    device: &Device,
+    backend: &Backend,
 ) -> Result<(Tensor, Tensor)> {
     let frequencies = inverse_frequencies(rope, head_dim);
     let factor = match rope.scaling {
@@ -30,8 +31,8 @@ pub fn rope_tables(
             sin.push(s * factor);
         }
     }
-    let shape = (max_positions, frequencies.len());
-    Ok((Tensor::from_vec(cos, shape, device)?, Tensor::from_vec(sin, shape, device)?))
+    let shape = [max_positions, frequencies.len()];
+    Ok((backend.floats(cos, &shape)?, backend.floats(sin, &shape)?))
 }
 
 /// Radians per position of each of the `head_dim / 2` rotated pairs.

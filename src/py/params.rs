@@ -1,15 +1,16 @@
 //! Keyword arguments → [`EngineOptions`] and [`SamplingOptions`].
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyDict, PyInt};
 
 use crate::backend::Backend;
-use crate::checkpoint;
+use crate::checkpoint::{self, PackedCache};
 use crate::config::{DType, DeviceChoice, EngineConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::runner::{CapacityRequest, Runner};
@@ -23,6 +24,7 @@ pub(super) struct EngineOptions {
     capacity: CapacityRequest,
     enable_prefix_caching: bool,
     num_threads: Option<usize>,
+    packed_cache: Option<PathBuf>,
     seed: Option<u64>,
 }
 
@@ -41,6 +43,7 @@ impl EngineOptions {
             },
             enable_prefix_caching: true,
             num_threads: None,
+            packed_cache: None,
             seed: None,
         };
         for (name, value) in fields.into_iter().flatten() {
@@ -64,10 +67,27 @@ impl EngineOptions {
             "kv_cache_tokens" => self.capacity.kv_cache_tokens = optional(name, value, count)?,
             "enable_prefix_caching" => self.enable_prefix_caching = read(name, value)?,
             "num_threads" => self.num_threads = optional(name, value, count)?,
+            "packed_cache" => self.packed_cache = optional(name, value, folder)?,
             "seed" => self.seed = optional(name, value, seed)?.flatten(),
             _ => return Err(PyTypeError::new_err(format!("Engine has no argument {name:?}"))),
         }
         Ok(())
+    }
+
+    /// Has the backend keep what it packs, where that is wanted.
+    fn packed_cache(
+        &self,
+        path: &Path,
+        backend: &Backend,
+    ) -> Result<Option<Arc<Mutex<PackedCache>>>> {
+        let (Some(folder), Some(layout)) = (&self.packed_cache, backend.packed_layout()) else {
+            return Ok(None);
+        };
+        let kept = PackedCache::open(folder, path, &layout)
+            .map_err(|error| error.context("packed_cache"))?;
+        let kept = Arc::new(Mutex::new(kept));
+        backend.keep_packed(kept.clone());
+        Ok(Some(kept))
     }
 
     /// Loads the model for the engine thread, tells `opened` of the device, then waits for `eos_token_ids`.
@@ -83,7 +103,11 @@ impl EngineOptions {
         let _ = opened.send((backend.device_name(), backend.num_threads()));
         let vocab_size = checkpoint.spec.vocab_size;
         let prefill_beside_decode = backend.prefill_beside_decode();
+        let kept = self.packed_cache(path, &backend)?;
         let (runner, capacity) = Runner::load(checkpoint, backend, &self.capacity)?;
+        if let Some(kept) = kept {
+            kept.lock().unwrap_or_else(PoisonError::into_inner).finish();
+        }
         let given_up = |_| Error::new(ErrorKind::Shutdown, "nobody waits for the model");
         let config = EngineConfig {
             max_model_len: capacity.max_model_len,
@@ -98,6 +122,10 @@ impl EngineOptions {
         };
         Ok((runner, config))
     }
+}
+
+fn folder(name: &str, value: &Bound<'_, PyAny>) -> PyResult<PathBuf> {
+    read(name, value)
 }
 
 fn float(name: &str, value: &Bound<'_, PyAny>) -> PyResult<f64> {

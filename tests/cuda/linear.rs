@@ -2,7 +2,7 @@
 
 #[cfg(feature = "cuda-emulator")]
 use astrai_rs::backend::emulator;
-use astrai_rs::backend::reference;
+use astrai_rs::backend::{Backend, reference};
 use astrai_rs::config::DType;
 use astrai_rs::spec::Activation;
 use astrai_rs::weights::Encoding;
@@ -38,6 +38,26 @@ fn linear_matches_the_reference() {
                 let tolerance = grain(dtype).max(2e-5 * (cols as f32).sqrt());
                 assert_close(&values(&got), &want, tolerance, what);
             }
+        }
+    }
+}
+
+/// What a bench compares with.
+#[test]
+fn sums_that_depend_on_the_batch_match_the_reference() {
+    let mut random = Random::new(21);
+    let backend = Backend::cuda_with_free_sums(0, DType::BFloat16).unwrap();
+    for encoding in [Encoding::BF16, Encoding::Q4_1] {
+        let (cols, outs) = (2560, 33);
+        let weight = stored(&mut random, &[outs, cols], encoding);
+        let plain = reference::numbers(&weight);
+        let packed = backend.pack(&[weight], None).unwrap();
+        for rows in [1, 20, 70] {
+            let mut x = random.floats(rows * cols);
+            let given = activations(&backend, &mut x, &[rows, cols]);
+            let got = values(&backend.logits(&given, &packed).unwrap());
+            let want = reference::linear(&x, &plain, cols, None);
+            assert_close(&got, &want, 1e-3, || format!("{encoding:?} {rows} rows"));
         }
     }
 }

@@ -42,6 +42,11 @@ ENGINE = [
     ({"enable_prefix_caching": "no"}, TypeError, "enable_prefix_caching: 'str' object is not an instance of"),
     ({"num_threads": 0}, ValueError, "num_threads must be at least 1; given: 0"),
     ({"num_threads": True}, TypeError, "num_threads must be an integer; given: True"),
+    (
+        {"packed_cache": 5},
+        TypeError,
+        "packed_cache: expected str, bytes or os.PathLike object, not int; given: 5",
+    ),
     ({"seed": -5}, ValueError, "seed must be between 0 and 18446744073709551615"),
     ({"seed": 2**64}, ValueError, "seed must be between 0 and 18446744073709551615"),
     ({"gpu_memory": 1}, TypeError, "unexpected keyword argument 'gpu_memory'"),

@@ -9,7 +9,7 @@ import pytest
 
 from astrai_rs import Engine, SamplingParams
 from astrai_rs.model import embedded_model
-from conftest import FIXTURES
+from conftest import FIXTURES, GLASS
 
 SMOLLM2 = json.loads((FIXTURES / "golden/smollm2-135m/golden.json").read_text(encoding="utf-8"))
 
@@ -77,3 +77,14 @@ def test_smollm2_chat():
             assert out.prompt_token_ids == case["prompt_ids"]
             assert out.token_ids == case["greedy_ids"]
             assert out.text == case["text"]
+
+
+def test_packed_weights_are_kept_where_it_is_said(cases, tmp_path):
+    folder, case = tmp_path / "packed", cases[0]
+    for _ in range(2):
+        with Engine(GLASS, packed_cache=folder) as engine:
+            assert engine.generate(case["prompt"], greedy(case)).text == case["text"]
+    assert [file.suffix for file in folder.iterdir()] == [".packed"]
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="packed_cache: .*file: "):
+        Engine(GLASS, packed_cache=tmp_path / "file")

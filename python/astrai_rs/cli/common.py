@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -57,6 +58,7 @@ def open_engine(
         fail("no --model given, and no embedded one: pip install 'astrai_rs[demo]'", USAGE)
     options: dict[str, Any] = {"device": device, "dtype": dtype, "num_threads": threads}
     options |= {"max_model_len": max_model_len, "gpu_memory_utilization": gpu_memory_utilization, **limits}
+    options["packed_cache"] = os.environ.get("ASTRAI_PACKED_CACHE") or None
     return Engine(path, **options)
 
 

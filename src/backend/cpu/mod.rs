@@ -22,7 +22,7 @@ mod x86;
 #[cfg(target_arch = "x86_64")]
 mod x86_words;
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 pub(crate) use attention::{Attention, attention};
 pub(crate) use linear::linear;
@@ -35,7 +35,7 @@ pub(crate) use tier::Tier;
 
 use crate::config::DType;
 use crate::error::{Error, Result};
-use crate::weights::Encoding;
+use crate::weights::{Encoding, PackedWeights};
 
 /// How a projection multiplies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,6 +56,8 @@ pub(crate) struct Cpu {
     dtype: DType,
     /// Where packed weights lie.
     weights: memory::Arena,
+    /// And where they are kept for the next load.
+    kept: OnceLock<Arc<Mutex<dyn PackedWeights>>>,
     /// Spare buffers for rearranged activations.
     scratch: Mutex<Vec<Vec<u32>>>,
 }
@@ -70,7 +72,25 @@ impl Cpu {
         };
         let pool = pool::Pool::new(threads)
             .map_err(|error| Error::from(error).context(format!("starting {threads} threads")))?;
-        Ok(Self { pool, tier, dtype, weights: memory::Arena::default(), scratch: Mutex::default() })
+        let (weights, kept, scratch) = Default::default();
+        Ok(Self { pool, tier, dtype, weights, kept, scratch })
+    }
+
+    /// Has packed weights kept, if they are not yet.
+    pub(crate) fn keep_packed(&self, kept: Arc<Mutex<dyn PackedWeights>>) {
+        let _ = self.kept.set(kept);
+    }
+
+    /// What `see` makes of where packed weights are kept, if they are.
+    fn kept<T>(&self, see: impl FnOnce(&mut dyn PackedWeights) -> T) -> Option<T> {
+        let mut kept = self.kept.get()?.lock().unwrap_or_else(PoisonError::into_inner);
+        Some(see(&mut *kept))
+    }
+
+    /// All that packed weights depend on, beside the weights.
+    pub(crate) fn layout(&self) -> String {
+        let arithmetic = Encoding::ALL.map(|encoding| self.arithmetic(encoding));
+        format!("{} {} {arithmetic:?}", pack::LAYOUT, self.dtype.name())
     }
 
     pub(crate) fn tier(&self) -> Tier {

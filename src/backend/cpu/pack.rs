@@ -23,7 +23,10 @@ use super::{Arithmetic, Cpu};
 use crate::backend::reference;
 use crate::config::DType;
 use crate::error::{Error, ErrorKind, Result};
-use crate::weights::{Encoding, StoredTensor};
+use crate::weights::{Bytes, Encoding, StoredTensor};
+
+/// Counts the layouts that there have been: what was kept in another is packed again.
+pub(super) const LAYOUT: u32 = 1;
 
 /// Rows of a panel.
 pub(super) const PANEL: usize = 32;
@@ -56,7 +59,30 @@ pub(super) struct Segment {
     pub(super) rows: usize,
     /// Bytes of one panel.
     pub(super) stride: usize,
-    pub(super) data: Buffer,
+    pub(super) data: Data,
+}
+
+/// Where packed numbers lie.
+pub(super) enum Data {
+    Made(Buffer),
+    Kept(Bytes),
+}
+
+impl Data {
+    fn as_slice(&self) -> &[u8] {
+        match self {
+            Self::Made(buffer) => buffer.as_slice(),
+            Self::Kept(bytes) => bytes.as_slice(),
+        }
+    }
+
+    /// Where those start that were packed next, if that is known.
+    pub(super) fn next(&self) -> *const u8 {
+        match self {
+            Self::Made(buffer) => buffer.next(),
+            Self::Kept(bytes) => bytes.as_slice().as_ptr_range().end,
+        }
+    }
 }
 
 impl Segment {
@@ -128,10 +154,13 @@ fn pack_segment(cpu: &Cpu, parts: &[StoredTensor], start: usize) -> Result<Segme
         parts.iter().flat_map(|part| (0..part.rows()).map(move |row| (part, row))).collect();
     let stride = parts[0].cols().div_ceil(block_len(encoding)) * block_bytes(encoding);
     let panels = sources.len().div_ceil(PANEL);
-    let mut data = panels
-        .checked_mul(stride)
-        .and_then(|len| cpu.weights.zeroed(len))
-        .ok_or_else(|| out_of_memory(&parts[0].name))?;
+    let segment = |data| Segment { encoding, arithmetic, start, rows: sources.len(), stride, data };
+    let name = parts.iter().map(|part| part.name.as_str()).collect::<Vec<_>>().join(" + ");
+    let len = panels.checked_mul(stride).ok_or_else(|| out_of_memory(&name))?;
+    if let Some(bytes) = cpu.kept(|kept| kept.find(&name, len)).flatten() {
+        return Ok(segment(Data::Kept(bytes)));
+    }
+    let mut data = cpu.weights.zeroed(len).ok_or_else(|| out_of_memory(&name))?;
     let shared = Shared::new(data.as_mut_slice());
     cpu.pool.run(panels, &|panel| {
         // SAFETY: each panel is its own part, and is visited once.
@@ -143,7 +172,8 @@ fn pack_segment(cpu: &Cpu, parts: &[StoredTensor], start: usize) -> Result<Segme
     for part in parts {
         part.data.release();
     }
-    Ok(Segment { encoding, arithmetic, start, rows: sources.len(), stride, data })
+    cpu.kept(|kept| kept.keep(&name, data.as_slice()));
+    Ok(segment(Data::Made(data)))
 }
 
 fn out_of_memory(tensor: &str) -> Error {
@@ -227,4 +257,30 @@ fn interleave_nibbles<'a>(row: impl Fn(usize) -> Option<&'a [u8]>, out: &mut [u8
 /// The low halves of bytes 0 to 3, moved to the bits 0, 16, 4 and 20.
 fn spread(bytes: u32) -> u32 {
     bytes & 0xf | (bytes & 0xf00) << 8 | (bytes & 0xf_0000) >> 12 | (bytes & 0xf00_0000) >> 4
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What changes these bytes counts [`LAYOUT`] up.
+    #[test]
+    fn the_layout_is_the_one_that_is_counted() {
+        let mut found = Vec::new();
+        for (encoding, arithmetic) in Encoding::ALL.into_iter().flat_map(|encoding| {
+            [Arithmetic::Exact, Arithmetic::Pairs, Arithmetic::Integers].map(|a| (encoding, a))
+        }) {
+            if encoding.block_len() == 1 && arithmetic == Arithmetic::Integers {
+                continue;
+            }
+            let bytes = encoding.bytes_for(32).expect("a block");
+            let row = |lane: usize| (0..bytes).map(|i| (31 * lane + 7 * i) as u8).collect();
+            let rows: Vec<Cow<'_, [u8]>> =
+                (0..PANEL - 3).map(|lane| Cow::Owned(row(lane))).collect();
+            let mut panel = vec![0; 32 / block_len(encoding) * block_bytes(encoding)];
+            pack_panel(&rows, &mut panel, encoding, arithmetic);
+            found.extend(crc32fast::hash(&panel).to_le_bytes());
+        }
+        assert_eq!((LAYOUT, crc32fast::hash(&found)), (1, 0x00fd_2969));
+    }
 }

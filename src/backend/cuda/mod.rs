@@ -37,6 +37,15 @@ use staging::Staging;
 /// What the driver takes when a kernel first runs, and for what it and the pool round up; a guess.
 const DRIVER_BYTES: usize = 128 << 20;
 
+/// How linear layers cut what they sum.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Sums {
+    /// The same for any number of rows.
+    Fixed,
+    /// As suits the kernel.
+    Free,
+}
+
 /// A GPU with our kernels.
 pub(super) struct Cuda {
     device: CudaDevice,
@@ -45,6 +54,7 @@ pub(super) struct Cuda {
     staging: Staging,
     /// Type of activations, weights and cache.
     dtype: DType,
+    sums: Sums,
     multiprocessors: usize,
     /// Dynamic shared memory that a block may have, in bytes.
     shared_bytes: usize,
@@ -55,7 +65,7 @@ impl Cuda {
     ///
     /// # Errors
     /// [`ErrorKind::Device`] without a driver, without such a GPU, or when it is too old.
-    pub(super) fn open(ordinal: usize, dtype: DType) -> Result<Self> {
+    pub(super) fn open(ordinal: usize, dtype: DType, sums: Sums) -> Result<Self> {
         driver::load()?;
         let unavailable = |error: candle_core::Error| {
             Error::from(error).context(format!("GPU {ordinal} cannot be used"))
@@ -75,7 +85,7 @@ impl Cuda {
         let kernels = Kernels::load(stream.context(), shared as u32)?;
         let shared_bytes = shared as usize;
         let staging = Staging::default();
-        Ok(Self { device, stream, kernels, staging, dtype, multiprocessors, shared_bytes })
+        Ok(Self { device, stream, kernels, staging, dtype, sums, multiprocessors, shared_bytes })
     }
 
     pub(super) fn dtype(&self) -> DType {
@@ -115,7 +125,7 @@ impl Cuda {
 
     /// Memory that nobody has written yet.
     fn empty(&self, shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
-        // SAFETY: every caller has written what it reads as numbers, by kernels or copies.
+        // SAFETY: the numbers lie on the device, where kernels and copies write them before anybody reads them.
         unsafe { Tensor::empty(shape, dtype, &self.device()) }.map_err(|error| self.explain(error))
     }
 
@@ -152,7 +162,7 @@ impl Cuda {
     }
 
     /// Says so when it was memory that was lacking.
-    fn explain(&self, error: candle_core::Error) -> Error {
+    pub(super) fn explain(&self, error: candle_core::Error) -> Error {
         let Some(bytes) = memory::refused(self.stream.cu_stream().cast()) else {
             return error.into();
         };

@@ -8,7 +8,7 @@ use super::launch::{
     Grid, LinearArgs, RmsNormArgs, RopeArgs, SHARED_BYTES,
 };
 use super::matrix::{CHUNK, Format, Matrix};
-use super::{Cuda, DeviceBatch, address};
+use super::{Cuda, DeviceBatch, Sums, address};
 use crate::backend::{AttentionOp, Batch, Heads, LayerKv, RopeOp};
 use crate::error::{Error, Result};
 use crate::spec::{AttentionSpec, ModelSpec, QkNorm, RopePairing};
@@ -172,12 +172,17 @@ impl Cuda {
     fn few_rows(&self, outs: usize, format: Format, args: LinearArgs) -> Result<()> {
         let tiles = (args.rows as usize).div_ceil(TILE_ROWS).next_power_of_two();
         let blocks = outs.div_ceil(args.block_outs as usize);
-        let slices = args.cols.div_ceil(args.slice) as usize;
         let kernel = self.typed(&format!("linear_{{}}_{}_{tiles}", format.name()));
         // Most warps of the kernel, and blocks of so many that a multiprocessor has room for.
         let (most, together) = if tiles <= 2 { (14, 2) } else { (12, 1) };
         #[cfg(feature = "cuda-emulator")]
         assert_eq!(super::emulator::launch_bounds(&kernel), (most * 32, together), "{kernel}");
+        let args = match self.sums {
+            Sums::Fixed => args,
+            // A slice for each warp.
+            Sums::Free => LinearArgs { slice: 128 * args.cols.div_ceil(128 * most as u32), ..args },
+        };
+        let slices = args.cols.div_ceil(args.slice) as usize;
         // Where there are many, small blocks: while some of a multiprocessor end, others load.
         let is_wide = blocks >= 4 * self.multiprocessors;
         let (most, together) = if is_wide { (most / 2, 2 * together) } else { (most, together) };
@@ -213,6 +218,11 @@ impl Cuda {
             threads: block.threads,
             shared_bytes: block.shared_bytes(format) as u32,
         };
+        let slice = match self.sums {
+            Sums::Fixed => args.slice,
+            Sums::Free => args.cols.next_multiple_of(CHUNK as u32),
+        };
+        let args = LinearArgs { slice, ..args };
         self.launch(&format!("gemm_{{}}_{}_{}", format.name(), block.rows), grid, args)
     }
 

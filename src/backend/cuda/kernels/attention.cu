@@ -254,6 +254,16 @@ KERNEL(merge_bf16, AttentionArgs, MERGE_THREADS) { merge<bf16>(args); }
 
 constexpr int MAX_COLUMNS = 256 / WARP;
 
+// Of one head's query q with a key of the sequence.
+__device__ inline float exact_product(const AttentionArgs &args, const AttentionItem &item, const Shared<float> &q,
+                                      uint32_t key) {
+    const float *k = page_at<float>(args.keys, args, args.blocks[item.blocks + key / KV_PAGE]);
+    k += key % KV_PAGE * args.page_dim;
+    float product = 0.0f;
+    for (uint32_t i = 0; i < args.dim; i++) product = fmaf(q[i], k[i], product);
+    return product;
+}
+
 // f32 without tensor cores: a warp goes over all keys of one query, 32 at a time.
 __device__ inline void attend_exactly(const AttentionArgs &args, const AttentionItem &item, const Query &query) {
     SHARED(float, q, 256);
@@ -268,14 +278,8 @@ __device__ inline void attend_exactly(const AttentionArgs &args, const Attention
     float sums[MAX_COLUMNS] = {};
     for (uint32_t key = begin / WARP * WARP; key <= position; key += WARP) {
         const uint32_t own = key + lane;
-        float score = -INFINITY;
-        if (own >= begin && own <= position) {
-            const size_t page = size_t(args.blocks[item.blocks + own / KV_PAGE]) * args.kv_heads + blockIdx.y;
-            const float *k = static_cast<const float *>(args.keys) + (page * KV_PAGE + own % KV_PAGE) * args.page_dim;
-            float product = 0.0f;
-            for (uint32_t i = 0; i < dim; i++) product = fmaf(q[i], k[i], product);
-            score = product * args.scale;
-        }
+        const bool seen = own >= begin && own <= position;
+        const float score = seen ? exact_product(args, item, q, own) * args.scale : -INFINITY;
         const float maximum = fmaxf(softmax.maximum, warp_max(score));
         const float fade = power_of_two(softmax.maximum - maximum), weight = power_of_two(score - maximum);
         softmax = {maximum, fmaf(softmax.weight, fade, warp_sum(weight))};
@@ -284,8 +288,7 @@ __device__ inline void attend_exactly(const AttentionArgs &args, const Attention
             const uint32_t at = key + other;
             const float its = __shfl_sync(ALL_LANES, weight, other);
             if (at < begin) continue;
-            const size_t page = size_t(args.blocks[item.blocks + at / KV_PAGE]) * args.kv_heads + blockIdx.y;
-            const float *v = static_cast<const float *>(args.values) + page * args.page_dim * KV_PAGE + at % KV_PAGE;
+            const float *v = page_at<float>(args.values, args, args.blocks[item.blocks + at / KV_PAGE]) + at % KV_PAGE;
 #pragma unroll
             for (int each = 0; each < MAX_COLUMNS; each++) {
                 const uint32_t column = lane + WARP * each;

@@ -55,7 +55,8 @@ __device__ inline void await_previous() {
 #endif
 }
 
-// A kernel that calls `await_previous` itself. `...`: blocks of a multiprocessor that registers are kept for.
+// A kernel that calls `await_previous` itself. `...`: most threads, and blocks of so many that a multiprocessor has
+// registers for.
 #define EAGER_KERNEL(name, Args, ...)                                                                      \
     static __device__ void name##_body(const Args &args);                                                  \
     extern "C" __global__ void __launch_bounds__(__VA_ARGS__) name(const __grid_constant__ Args args) {    \

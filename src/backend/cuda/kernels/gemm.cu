@@ -23,10 +23,16 @@ struct Stages {
     Shared<uint32_t> words;
 };
 
-// Begins to copy a chunk of COUNT rows of a matrix; rows and columns beyond its ends are zeros.
+// Rows of a matrix from `first` on.
+struct Rows {
+    const void *matrix;  // [rows, cols]
+    uint32_t first, rows, cols;
+};
+
+// Begins to copy a chunk of COUNT rows; rows and columns beyond the matrix's ends are zeros.
 template <typename T, int THREADS, int COUNT>
-__device__ inline void copy_rows(const Shared<uint4> &to, int start, const void *matrix, uint32_t first, uint32_t rows,
-                                 uint32_t column, uint32_t cols) {
+__device__ inline void copy_rows(const Shared<uint4> &to, int start, const Rows &given, uint32_t column) {
+    const auto [matrix, first, rows, cols] = given;
     const T *from = static_cast<const T *>(matrix) + size_t(first) * cols;
     const uint32_t at = column + threadIdx.x % UNITS * 8, own = threadIdx.x / UNITS;
 #pragma unroll
@@ -73,6 +79,21 @@ __device__ inline Stored<FORMAT> staged(const Stages &stages, int start, int pan
     stored.scales = stages.words[scales];
     if (FORMAT == Q4_1) stored.minima = stages.words[scales + 8];
     return stored;
+}
+
+// Begins to copy the stage of a column.
+template <typename T, int FORMAT, typename Block>
+__device__ inline void begin_stage(const Shared<uint4> &to, const LinearArgs &args, uint32_t column) {
+    constexpr int THREADS = Block::THREADS;
+    const uint32_t first_row = blockIdx.x * Block::ROWS, first_out = blockIdx.y * Block::OUTS;
+    const int start = column / CHUNK % Block::STAGES * Block::STAGE;
+    if (column < args.cols) {
+        const Rows weights = {args.weight, first_out, args.outs, args.cols}, x = {args.x, first_row, args.rows, args.cols};
+        if constexpr (FORMAT == DENSE) copy_rows<T, THREADS, Block::OUTS>(to, start, weights, column);
+        else copy_panels<FORMAT, THREADS, Block::OUTS / PANEL>(to, start, args, first_out / PANEL, column);
+        copy_rows<T, THREADS, Block::ROWS>(to, start + Block::W_UNITS, x, column);
+    }
+    copy_commit();
 }
 
 // sums += W · xᵀ of a tile; at the end of a slice, total += sums and sums = 0.
@@ -149,23 +170,9 @@ __device__ void gemm(const LinearArgs &args) {
     constexpr int STAGES = Block::STAGES, STAGE = Block::STAGE;
     const int warp = threadIdx.x / WARP;
     const int panel = warp % Block::OUT_WARPS * Block::PANELS, row = warp / Block::OUT_WARPS * Block::TILES * 8;
-    const uint32_t first_row = blockIdx.x * Block::ROWS, first_out = blockIdx.y * Block::OUTS;
     const Stages stages = {SharedBytes().take<uint4>(STAGES * STAGE), SharedBytes().take<uint2>(STAGES * STAGE * 2),
                            SharedBytes().take<uint32_t>(STAGES * STAGE * 4)};
-    const auto begin = [&](uint32_t column) {
-        const int start = column / CHUNK % STAGES * STAGE;
-        if (column < args.cols) {
-            if constexpr (FORMAT == DENSE)
-                copy_rows<T, Block::THREADS, Block::OUTS>(stages.units, start, args.weight, first_out, args.outs, column,
-                                                        args.cols);
-            else
-                copy_panels<FORMAT, Block::THREADS, Block::OUTS / PANEL>(stages.units, start, args, first_out / PANEL,
-                                                                       column);
-            copy_rows<T, Block::THREADS, Block::ROWS>(stages.units, start + Block::W_UNITS, args.x, first_row, args.rows,
-                                                    column, args.cols);
-        }
-        copy_commit();
-    };
+    const auto begin = [&](uint32_t column) { begin_stage<T, FORMAT, Block>(stages.units, args, column); };
     float total[Block::PANELS][Block::TILES][4] = {}, sums[Block::PANELS][Block::TILES][4] = {};
     for (int stage = 0; stage < STAGES - 1; stage++) begin(stage * CHUNK);
     int next = 0;                // stage to multiply

@@ -3,7 +3,7 @@
 
 constexpr int ROW_THREADS = 256;
 
-// How the numbers of a matrix are stored; of `embedding_code` in ops.rs.
+// How the numbers of a matrix are stored; of `embedding` in ops.rs.
 enum Encoding : uint32_t { ENCODING_F32, ENCODING_F16, ENCODING_BF16, ENCODING_Q8_0, ENCODING_Q4_0, ENCODING_Q4_1 };
 
 struct EmbeddingArgs {

@@ -191,17 +191,52 @@ __device__ Kept kept_of(const float *logits, uint32_t vocab, const Draw &draw, c
     return kept;
 }
 
+// Inclusive sum over the lanes up to this one.
+template <typename V>
+__device__ inline V running_sum(V x) {
+    const int lane = threadIdx.x % WARP;
+    for (int step = 1; step < WARP; step *= 2) {
+        const V left = __shfl_sync(ALL_LANES, x, max(lane - step, 0));
+        if (lane >= step) x += left;
+    }
+    return x;
+}
+
+// A part of a row, and what is kept before it: mass, and logits that equal the least.
+struct Part {
+    uint32_t start, end;
+    Mass before;
+    uint32_t ties_before;
+};
+
+// The id of the part at which the sum of what is kept passes `target`. For a warp.
+__device__ void find(const float *logits, const Kept &kept, Part part, Mass target, uint32_t *token) {
+    const Mass each = kept.mass(logit_of(kept.key));
+    for (uint32_t first = part.start; first < part.end; first += WARP) {
+        const uint32_t id = first + threadIdx.x % WARP;
+        const bool tied = id < part.end && key_of(logits[id]) == kept.key;
+        const uint32_t tie = running_sum(uint32_t(tied));
+        Mass weight = 0;
+        if (tied) weight = part.ties_before + tie <= kept.ties ? each : 0;
+        else if (id < part.end) weight = kept.mass(logits[id]);
+        const Mass running = part.before + running_sum(weight);
+        if (weight && target < running && target >= running - weight) *token = id;
+        part.before = __shfl_sync(ALL_LANES, running, WARP - 1);
+        part.ties_before += __shfl_sync(ALL_LANES, tie, WARP - 1);
+    }
+}
+
 // The first id at which the sum of what is kept passes `uniform` times the whole. Each warp sums a part
 // of the row; one of them looks on in the part where it happens.
 __device__ void pick(const float *logits, uint32_t vocab, const Kept &kept, double uniform, uint32_t *token) {
     SHARED(Mass, masses, SAMPLE_WARPS);
     SHARED(uint32_t, ties, SAMPLE_WARPS);
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    const uint32_t part = (vocab + SAMPLE_THREADS - 1) / SAMPLE_THREADS * WARP;
-    const uint32_t start = min(warp * part, vocab), end = min(start + part, vocab);
+    const uint32_t width = (vocab + SAMPLE_THREADS - 1) / SAMPLE_THREADS * WARP;
+    Part part = {min(warp * width, vocab), min((warp + 1) * width, vocab), 0, 0};
     Mass own = 0;
     uint32_t own_ties = 0;
-    for (uint32_t id = start + lane; id < end; id += WARP) {
+    for (uint32_t id = part.start + lane; id < part.end; id += WARP) {
         if (key_of(logits[id]) == kept.key) own_ties++;
         else own += kept.mass(logits[id]);
     }
@@ -214,38 +249,20 @@ __device__ void pick(const float *logits, uint32_t vocab, const Kept &kept, doub
     }
     __syncthreads();
     const Mass each = kept.mass(logit_of(kept.key));
-    Mass whole = 0, before = 0;
-    uint32_t ties_left = kept.ties, ties_before = 0;
+    Mass whole = 0;
+    uint32_t ties_left = kept.ties;
     for (int other = 0; other < SAMPLE_WARPS; other++) {
         const uint32_t taken = min(uint32_t(ties[other]), ties_left);
-        ties_left -= taken;
         if (other == warp) {
-            before = whole;
-            ties_before = kept.ties - ties_left - taken;
+            part.before = whole;
+            part.ties_before = kept.ties - ties_left;
             own += taken * each;
         }
+        ties_left -= taken;
         whole += masses[other] + taken * each;
     }
     const Mass target = min(Mass(uniform * double(whole)), whole - 1);
-    if (target < before || target >= before + own) return;
-    for (uint32_t first = start; first < end; first += WARP) {
-        const uint32_t id = first + lane;
-        const bool tied = id < end && key_of(logits[id]) == kept.key;
-        uint32_t tie = tied;
-        for (int step = 1; step < WARP; step *= 2) {
-            const uint32_t left = __shfl_sync(ALL_LANES, tie, max(lane - step, 0));
-            if (lane >= step) tie += left;
-        }
-        Mass running = id >= end ? 0 : !tied ? kept.mass(logits[id]) : ties_before + tie <= kept.ties ? each : 0;
-        const Mass weight = running;
-        for (int step = 1; step < WARP; step *= 2) {
-            const Mass left = __shfl_sync(ALL_LANES, running, max(lane - step, 0));
-            if (lane >= step) running += left;
-        }
-        if (weight && target < before + running && target >= before + running - weight) *token = id;
-        before += __shfl_sync(ALL_LANES, running, WARP - 1);
-        ties_before += __shfl_sync(ALL_LANES, tie, WARP - 1);
-    }
+    if (target >= part.before && target < part.before + own) find(logits, kept, part, target, token);
 }
 
 // The largest key, and of equal ones the first id; above them all where none can be drawn.

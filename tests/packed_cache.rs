@@ -1,0 +1,165 @@
+//! Packed weights that are kept from one load to the next: the same bits, whatever has become of the file.
+
+mod golden_support;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime};
+
+use astrai_rs::backend::Backend;
+use astrai_rs::checkpoint::{self, PackedCache};
+use astrai_rs::config::DType;
+use astrai_rs::error::ErrorKind;
+use astrai_rs::runner::{CapacityRequest, Runner};
+use golden_support::{Golden, fixture, logits};
+
+/// A folder that goes with its test.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("astrai-{name}-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&path);
+        fs::create_dir_all(&path).expect("made");
+        Self(path)
+    }
+
+    fn packed(&self) -> Vec<PathBuf> {
+        let files = fs::read_dir(&self.0).expect("readable");
+        let mut files: Vec<_> = files.map(|file| file.expect("readable").path()).collect();
+        files.sort();
+        files
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Whether the weights of `model` were there, and the bits of its logits.
+fn load(folder: &Path, model: &Path, dtype: DType) -> (bool, Vec<u32>) {
+    let backend = Backend::cpu(Some(2), dtype).expect("a CPU");
+    let layout = backend.packed_layout().expect("of a CPU");
+    let cache = PackedCache::open(folder, model, &layout).expect("opens");
+    let was_found = cache.is_found();
+    let cache = Arc::new(Mutex::new(cache));
+    backend.keep_packed(cache.clone());
+    let request =
+        CapacityRequest { kv_cache_tokens: Some(512), max_num_seqs: 16, ..Default::default() };
+    let checkpoint = checkpoint::load(model).expect("loads");
+    let (mut runner, _) = Runner::load(checkpoint, backend, &request).expect("packs");
+    cache.lock().expect("whole").finish();
+    let logits = logits(&Golden::read("llama"), &mut runner);
+    (was_found, logits.into_iter().map(f32::to_bits).collect())
+}
+
+#[test]
+fn the_next_load_finds_the_same_weights() {
+    let folder = Folder::new("packed-again");
+    let load = |dtype| load(&folder.0, &fixture("llama"), dtype);
+    let (was_found, want) = load(DType::Auto);
+    assert!(!was_found);
+    assert_eq!(load(DType::Auto), (true, want.clone()));
+    // Another layout, beside it.
+    let (was_found, exact) = load(DType::Float32);
+    assert!(!was_found && exact != want);
+    assert_eq!(load(DType::Float32), (true, exact));
+    assert_eq!(load(DType::Auto), (true, want));
+    assert_eq!(folder.packed().len(), 2);
+}
+
+#[test]
+fn damaged_files_are_made_anew() {
+    let folder = Folder::new("packed-damaged");
+    let load = || load(&folder.0, &fixture("llama"), DType::Auto);
+    let (_, want) = load();
+    let [file] = folder.packed().try_into().expect("one file");
+    let whole = fs::read(&file).expect("readable");
+    let flipped = |at: usize| {
+        let mut bytes = whole.clone();
+        bytes[at] ^= 1;
+        bytes
+    };
+    let len = whole.len();
+    let mut damaged = vec![Vec::new(), whole[..len - 1].to_vec(), whole[..len / 2].to_vec()];
+    // Numbers, the table, where it starts, its checksum, the end.
+    damaged.extend([5, len / 3, len - 100, len - 18, len - 10, len - 1].map(flipped));
+    for (case, bytes) in damaged.into_iter().enumerate() {
+        fs::write(&file, bytes).expect("written");
+        assert_eq!(load(), (false, want.clone()), "case {case}");
+        assert_eq!(load(), (true, want.clone()), "case {case}");
+    }
+    assert_eq!(fs::read(&file).expect("readable"), whole);
+}
+
+#[test]
+fn a_changed_model_is_packed_again() {
+    let (folder, model) = (Folder::new("packed-changed"), Folder::new("packed-model"));
+    for file in fs::read_dir(fixture("llama")).expect("readable") {
+        let file = file.expect("readable");
+        fs::copy(file.path(), model.0.join(file.file_name())).expect("copied");
+    }
+    let load = || load(&folder.0, &model.0, DType::Auto);
+    let (_, want) = load();
+    assert!(load().0);
+    let weights = model.0.join("model.safetensors");
+    let bytes = fs::read(&weights).expect("readable");
+    // Renamed over the old one, as a download is; of the same size, and another number.
+    let mut changed = bytes;
+    let last = changed.len() - 1;
+    changed[last] ^= 0x40;
+    fs::write(model.0.join("new"), changed).expect("written");
+    fs::rename(model.0.join("new"), &weights).expect("renamed");
+    let (was_found, other) = load();
+    assert!(!was_found && other != want);
+    assert_eq!(load(), (true, other));
+    assert_eq!(folder.packed().len(), 1, "the old one is replaced");
+}
+
+#[test]
+fn loads_at_once_do_not_meet() {
+    let (folder, alone) = (Folder::new("packed-at-once"), Folder::new("packed-alone"));
+    let (_, want) = load(&alone.0, &fixture("llama"), DType::Auto);
+    std::thread::scope(|scope| {
+        let load = || load(&folder.0, &fixture("llama"), DType::Auto);
+        let loads: Vec<_> = (0..4).map(|_| scope.spawn(load)).collect();
+        for load in loads {
+            assert_eq!(load.join().expect("loads").1, want);
+        }
+    });
+    let unfinished = |file: &PathBuf| file.extension().is_some_and(|kind| kind == "part");
+    assert_eq!(folder.packed().iter().filter(|file| unfinished(file)).count(), 0);
+}
+
+/// A load that fails, or is killed, leaves nothing that counts.
+#[test]
+fn what_is_not_finished_goes() {
+    let folder = Folder::new("packed-unfinished");
+    let open = || PackedCache::open(&folder.0, &fixture("llama"), "layout").expect("opens");
+    let cache = open();
+    let [unfinished] = folder.packed().try_into().expect("one file");
+    drop(cache);
+    assert!(folder.packed().is_empty());
+    // Of a process that was killed long ago, and of one that may still write.
+    let (old, new) = (unfinished.with_extension("old.part"), unfinished.with_extension("new.part"));
+    for file in [&old, &new] {
+        fs::write(file, "").expect("written");
+    }
+    let long_ago = SystemTime::now() - Duration::from_secs(7200);
+    fs::File::options().write(true).open(&old).and_then(|f| f.set_modified(long_ago)).expect("set");
+    drop(open());
+    assert_eq!(folder.packed(), [new]);
+}
+
+#[test]
+fn a_folder_that_cannot_be_is_named() {
+    let folder = Folder::new("packed-no-folder");
+    let file = folder.0.join("file");
+    fs::write(&file, "").expect("written");
+    let error = PackedCache::open(&file, &fixture("llama"), "layout").expect_err("a file");
+    assert_eq!(error.kind(), ErrorKind::Io);
+    assert!(error.to_string().contains("no-folder"), "{error}");
+}
