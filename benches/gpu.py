@@ -72,7 +72,8 @@ class Bench:
         they are than where their sums depend on the batch."""
         report, free = self._kernels("fixed"), self._kernels("free")
         for name, op in report["ops"].items():
-            op["cost_of_invariance"] = free["ops"][name]["rate"] / op["rate"] - 1
+            if name.startswith("linear"):
+                op["cost_of_invariance"] = free["ops"][name]["rate"] / op["rate"] - 1
         peak = self.results.get("limits", {}).get("matmul_flops")
         for op in report["ops"].values():
             if op["unit"] == "GMAC/s" and peak:

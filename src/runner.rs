@@ -42,13 +42,14 @@ pub struct CapacityRequest {
 }
 
 impl CapacityRequest {
-    fn largest(&self, spec: &ModelSpec, heads: Heads) -> StepSizes {
+    fn largest(&self, spec: &ModelSpec, heads: Heads, bytes_per_token: usize) -> StepSizes {
         let (rows, vocab_size) = (self.max_num_seqs, spec.vocab_size);
         StepSizes {
             sequences: (rows, self.max_model_len.unwrap_or(spec.max_positions)),
             // Logits, and those that are wanted here.
             activations: self.max_num_batched_tokens * spec.activations_per_token()
                 + 2 * rows * vocab_size,
+            bytes_per_token,
             heads,
             vocab_size,
         }
@@ -144,7 +145,7 @@ impl Runner {
         let budget = backend.cache_budget(
             request.gpu_memory_utilization.unwrap_or(GPU_MEMORY_UTILIZATION),
             weights.sizes(),
-            request.largest(&spec, heads),
+            request.largest(&spec, heads, bytes_per_token),
         )?;
         let capacity = request.resolve(&spec, bytes_per_token, budget)?;
         let max_positions = capacity.max_model_len.min(capacity.num_blocks * BLOCK_SIZE + 1);

@@ -64,7 +64,8 @@ fn models_that_a_gpu_cannot_run_are_for_the_cpu() {
         (&wide, DType::Float32, "heads are at most 256 wide; given: 320"),
         (&odd, DType::Float16, odd_message),
     ] {
-        let error = open(DeviceChoice::Cuda, dtype, spec).expect_err(expect);
+        let gpu = Backend::cuda(0, dtype).expect("a GPU");
+        let error = gpu.supports(spec).expect_err(expect);
         assert_eq!(error.kind(), ErrorKind::Unsupported);
         assert!(error.to_string().contains(expect), "{error}");
         assert_eq!(open(DeviceChoice::Auto, dtype, spec).expect("opens"), "cpu");
@@ -75,10 +76,17 @@ fn models_that_a_gpu_cannot_run_are_for_the_cpu() {
 /// All of the cache that a share of the memory has room for, in one layer.
 fn cache(backend: &Backend, utilization: f64) -> Result<LayerKv, Error> {
     let heads = Heads { num_heads: 8, num_kv_heads: 1, head_dim: 64 };
-    let steps = StepSizes { sequences: (4, 1000), activations: 1 << 20, heads, vocab_size: 1000 };
+    let bytes_per_token = backend.kv_bytes_per_token(heads);
+    let steps = StepSizes {
+        sequences: (4, 1000),
+        activations: 1 << 20,
+        bytes_per_token,
+        heads,
+        vocab_size: 1000,
+    };
     let weights = std::iter::once((Encoding::BF16, 4 << 20));
     let budget = backend.cache_budget(utilization, weights, steps)?;
-    backend.layer_kv(budget.usual / (16 * backend.kv_bytes_per_token(heads)), heads)
+    backend.layer_kv(budget.usual / (16 * bytes_per_token), heads)
 }
 
 #[test]

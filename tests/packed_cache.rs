@@ -5,13 +5,13 @@ mod golden_support;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, SystemTime};
 
 use astrai_rs::backend::Backend;
-use astrai_rs::checkpoint::{self, PackedCache};
+use astrai_rs::checkpoint::{self, ModelFiles, PackedCache};
 use astrai_rs::config::DType;
 use astrai_rs::error::ErrorKind;
 use astrai_rs::runner::{CapacityRequest, Runner};
+use astrai_rs::weights::PackedWeights;
 use golden_support::{Golden, fixture, logits};
 
 /// A folder that goes with its test.
@@ -33,6 +33,17 @@ impl Folder {
     }
 }
 
+impl Folder {
+    /// Has a model in it; where its weights are.
+    fn copy_of(&self, name: &str) -> PathBuf {
+        for file in fs::read_dir(fixture(name)).expect("readable") {
+            let file = file.expect("readable");
+            fs::copy(file.path(), self.0.join(file.file_name())).expect("copied");
+        }
+        self.0.join("model.safetensors")
+    }
+}
+
 impl Drop for Folder {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.0);
@@ -43,13 +54,14 @@ impl Drop for Folder {
 fn load(folder: &Path, model: &Path, dtype: DType) -> (bool, Vec<u32>) {
     let backend = Backend::cpu(Some(2), dtype).expect("a CPU");
     let layout = backend.packed_layout().expect("of a CPU");
-    let cache = PackedCache::open(folder, model, &layout).expect("opens");
+    let files = ModelFiles::of(model).expect("a model");
+    let checkpoint = checkpoint::load(model).expect("loads");
+    let cache = PackedCache::open(folder, &files, &layout).expect("opens");
     let was_found = cache.is_found();
     let cache = Arc::new(Mutex::new(cache));
     backend.keep_packed(cache.clone());
     let request =
         CapacityRequest { kv_cache_tokens: Some(512), max_num_seqs: 16, ..Default::default() };
-    let checkpoint = checkpoint::load(model).expect("loads");
     let (mut runner, _) = Runner::load(checkpoint, backend, &request).expect("packs");
     cache.lock().expect("whole").finish();
     let logits = logits(&Golden::read("llama"), &mut runner);
@@ -98,17 +110,12 @@ fn damaged_files_are_made_anew() {
 #[test]
 fn a_changed_model_is_packed_again() {
     let (folder, model) = (Folder::new("packed-changed"), Folder::new("packed-model"));
-    for file in fs::read_dir(fixture("llama")).expect("readable") {
-        let file = file.expect("readable");
-        fs::copy(file.path(), model.0.join(file.file_name())).expect("copied");
-    }
+    let weights = model.copy_of("llama");
     let load = || load(&folder.0, &model.0, DType::Auto);
     let (_, want) = load();
     assert!(load().0);
-    let weights = model.0.join("model.safetensors");
-    let bytes = fs::read(&weights).expect("readable");
-    // Renamed over the old one, as a download is; of the same size, and another number.
-    let mut changed = bytes;
+    // Renamed over the old one, as a download is; of the same size, with another number.
+    let mut changed = fs::read(&weights).expect("readable");
     let last = changed.len() - 1;
     changed[last] ^= 0x40;
     fs::write(model.0.join("new"), changed).expect("written");
@@ -134,24 +141,55 @@ fn loads_at_once_do_not_meet() {
     assert_eq!(folder.packed().iter().filter(|file| unfinished(file)).count(), 0);
 }
 
-/// A load that fails, or is killed, leaves nothing that counts.
+/// Other numbers in a file that has nothing else new but the time that nobody can set.
+#[cfg(unix)]
+#[test]
+fn a_model_that_is_changed_in_secret_is_packed_again() {
+    let (folder, model) = (Folder::new("packed-secret"), Folder::new("packed-secret-model"));
+    let copy = model.copy_of("llama");
+    let load = || load(&folder.0, &model.0, DType::Auto);
+    let (_, want) = load();
+    let changed = fs::metadata(&copy).and_then(|kind| kind.modified()).expect("known");
+    let mut bytes = fs::read(&copy).expect("readable");
+    let last = bytes.len() - 1;
+    bytes[last] ^= 0x40;
+    fs::write(&copy, bytes).expect("written");
+    fs::File::options().write(true).open(&copy).and_then(|f| f.set_modified(changed)).expect("set");
+    let (was_found, other) = load();
+    assert!(!was_found && other != want);
+}
+
+/// What is mapped may be the old files or the new ones.
+#[test]
+fn nothing_is_kept_of_files_that_change_while_they_are_loaded() {
+    let (folder, model) = (Folder::new("packed-raced"), Folder::new("packed-raced-model"));
+    let copy = model.copy_of("llama");
+    let files = ModelFiles::of(&model.0).expect("a model");
+    fs::copy(&copy, model.0.join("new")).expect("copied");
+    fs::rename(model.0.join("new"), &copy).expect("renamed");
+    let mut cache = PackedCache::open(&folder.0, &files, "layout").expect("opens");
+    cache.keep("weight", &[1, 2, 3]);
+    cache.finish();
+    assert!(!cache.is_found() && folder.packed().is_empty());
+}
+
+/// A load that fails, or is killed, leaves nothing for long.
 #[test]
 fn what_is_not_finished_goes() {
     let folder = Folder::new("packed-unfinished");
-    let open = || PackedCache::open(&folder.0, &fixture("llama"), "layout").expect("opens");
-    let cache = open();
-    let [unfinished] = folder.packed().try_into().expect("one file");
-    drop(cache);
+    let files = ModelFiles::of(&fixture("llama")).expect("a model");
+    let open = || PackedCache::open(&folder.0, &files, "layout").expect("opens");
+    let (first, second) = (open(), open());
+    assert_eq!(folder.packed().len(), 2);
+    drop(second);
+    // Of a process that was killed.
+    let abandoned = folder.0.join("model.packed.part");
+    fs::write(&abandoned, "much").expect("written");
+    let third = open();
+    assert!(!abandoned.exists());
+    assert_eq!(folder.packed().len(), 2, "of the first and the third");
+    drop((first, third));
     assert!(folder.packed().is_empty());
-    // Of a process that was killed long ago, and of one that may still write.
-    let (old, new) = (unfinished.with_extension("old.part"), unfinished.with_extension("new.part"));
-    for file in [&old, &new] {
-        fs::write(file, "").expect("written");
-    }
-    let long_ago = SystemTime::now() - Duration::from_secs(7200);
-    fs::File::options().write(true).open(&old).and_then(|f| f.set_modified(long_ago)).expect("set");
-    drop(open());
-    assert_eq!(folder.packed(), [new]);
 }
 
 #[test]
@@ -159,7 +197,8 @@ fn a_folder_that_cannot_be_is_named() {
     let folder = Folder::new("packed-no-folder");
     let file = folder.0.join("file");
     fs::write(&file, "").expect("written");
-    let error = PackedCache::open(&file, &fixture("llama"), "layout").expect_err("a file");
+    let files = ModelFiles::of(&fixture("llama")).expect("a model");
+    let error = PackedCache::open(&file, &files, "layout").expect_err("a file");
     assert_eq!(error.kind(), ErrorKind::Io);
     assert!(error.to_string().contains("no-folder"), "{error}");
 }

@@ -111,7 +111,7 @@ class Engine:
             enable_prefix_caching=enable_prefix_caching,
             gpu_memory_utilization=gpu_memory_utilization,
             num_threads=num_threads,
-            packed_cache=packed_cache,
+            packed_cache=_folder(packed_cache),
             seed=seed,
         )
         self._codec = _codec(self.tokenizer)
@@ -404,6 +404,13 @@ def _load_tokenizer(path: Path, tokenizer: Any) -> Any:
     if (path / "tokenizer.json").exists() or (path / "tokenizer.model").exists():
         return AutoTokenizer.from_pretrained(path)
     return None
+
+
+def _folder(given: str | Path | None) -> str | Path | None:
+    """With the home for `~`. What is no path is for the core to refuse."""
+    if given == "":
+        raise ValueError("packed_cache must not be empty")
+    return Path(given).expanduser() if isinstance(given, str | Path) else given
 
 
 def _stop_ids(tokenizer: Any) -> list[int]:

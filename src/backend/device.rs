@@ -28,6 +28,8 @@ pub struct StepSizes {
     pub sequences: (usize, usize),
     /// Numbers that a step computes, the logits of its sequences included.
     pub activations: usize,
+    /// Bytes of a cached token, in all layers.
+    pub bytes_per_token: usize,
     /// Heads of a layer.
     pub heads: Heads,
     /// Ids.
@@ -51,15 +53,14 @@ impl Backend {
         dtype: DType,
         spec: &ModelSpec,
     ) -> Result<Self> {
-        let cuda = || {
-            let backend = Self::cuda(0, dtype)?;
-            backend.supports(spec)?;
-            Ok(backend)
-        };
+        let cpu = || Self::cpu(num_threads, dtype);
         match device {
-            DeviceChoice::Cuda => cuda(),
-            DeviceChoice::Cpu => Self::cpu(num_threads, dtype),
-            DeviceChoice::Auto => cuda().or_else(|_unusable: Error| Self::cpu(num_threads, dtype)),
+            DeviceChoice::Cuda => Self::cuda(0, dtype),
+            DeviceChoice::Cpu => cpu(),
+            DeviceChoice::Auto => match Self::cuda(0, dtype) {
+                Ok(gpu) if gpu.supports(spec).is_ok() => Ok(gpu),
+                _ => cpu(),
+            },
         }
     }
 
@@ -231,7 +232,8 @@ impl Backend {
         Ok(LayerKv { pages: pages? })
     }
 
-    /// Memory for the cache beside `weights` (encodings and counts of numbers) and what steps need. On the CPU 2 GiB, or half of a smaller memory, are usual; on a GPU all that is
+    /// Memory for the cache beside `weights` (encodings and counts of numbers) and what steps need.
+    /// On the CPU 2 GiB, or half of a smaller memory, are usual; on a GPU all that is
     /// left of `utilization` of its memory.
     ///
     /// # Errors

@@ -19,7 +19,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use self::fields::Fields;
-pub use self::packed::PackedCache;
+pub use self::packed::{ModelFiles, PackedCache};
 use self::rules::{HEAD, Names};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::spec::{MAX_LAYERS, ModelSpec};

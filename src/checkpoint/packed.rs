@@ -7,10 +7,12 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs::{self, File};
+use std::hash::{BuildHasher, RandomState};
 use std::io::Write;
+#[cfg(unix)]
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
@@ -24,8 +26,8 @@ const TAIL_BYTES: usize = 8 + 4 + END.len();
 const ALIGNMENT: usize = 64;
 /// Bytes that have a checksum of their own.
 const PIECE: usize = 1 << 20;
-/// Age from which on an unfinished file has no writer any more.
-const ABANDONED: Duration = Duration::from_hours(1);
+/// Of a model's name in that of its file.
+const MOST_CHARACTERS: usize = 60;
 
 /// What a file was made from, and what it holds.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -42,27 +44,53 @@ struct Part {
     checksums: Vec<u32>,
 }
 
-/// Packed weights of one model in one layout: what is there, or what is being written.
+/// Which files a model has, as they are now.
+#[derive(Debug, PartialEq, Eq)]
+pub struct ModelFiles {
+    model: PathBuf,
+    /// Names, sizes, times and numbers.
+    identity: String,
+}
+
+impl ModelFiles {
+    /// Looks at the files of a model, before they are mapped.
+    ///
+    /// # Errors
+    /// [`crate::error::ErrorKind::Io`] or `NotFound`, which names the path.
+    pub fn of(model: &Path) -> Result<Self> {
+        let model = model.canonicalize().context(|| model.display())?;
+        let identity = identity(&model)?;
+        Ok(Self { model, identity })
+    }
+}
+
+/// Packed weights of one model in one layout: what is there, or what is being written, or neither.
 pub struct PackedCache {
     found: Option<(Mapped, Table)>,
     writing: Option<Writing>,
 }
 
 impl PackedCache {
-    /// Looks in `folder`, which is made if need be, for what `layout` makes of `model`; begins to write it where it
-    /// is not there.
+    /// Looks in `folder`, which is made if need be, for what `layout` makes of a model that has been mapped since
+    /// its `files` were looked at. Begins to write it where it is not there and can be written. Nothing is found
+    /// or kept of files that have changed meanwhile.
     ///
     /// # Errors
-    /// [`crate::error::ErrorKind::Io`] or `NotFound`, which names the path that cannot be read or written.
-    pub fn open(folder: &Path, model: &Path, layout: &str) -> Result<Self> {
+    /// [`crate::error::ErrorKind::Io`] where there can be no such folder.
+    pub fn open(folder: &Path, files: &ModelFiles, layout: &str) -> Result<Self> {
         fs::create_dir_all(folder).context(|| folder.display())?;
-        let model = model.canonicalize().context(|| model.display())?;
-        let identity = format!("{layout}\n{}", identity(&model)?);
+        let model = &files.model;
+        if ModelFiles::of(model)? != *files {
+            return Ok(Self { found: None, writing: None });
+        }
+        let identity = format!("{layout}\n{}", files.identity);
         let place = crc32fast::hash(format!("{layout}\n{}", model.display()).as_bytes());
-        let name = model.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let name = model.file_name().unwrap_or_default().to_string_lossy();
+        let name: String = name.chars().take(MOST_CHARACTERS).collect();
         let path = folder.join(format!("{name}-{place:08x}.packed"));
+        remove_abandoned(folder);
         let found = read(&path, &identity);
-        let writing = if found.is_none() { Some(Writing::new(path, identity)?) } else { None };
+        let writing = if found.is_none() { Writing::new(path, identity).ok() } else { None };
         Ok(Self { found, writing })
     }
 
@@ -103,30 +131,26 @@ impl std::fmt::Debug for PackedCache {
     }
 }
 
-/// Names, sizes and times of the files of a model.
 fn identity(model: &Path) -> Result<String> {
     let mut files = vec![model.to_path_buf()];
     if model.is_dir() {
         let entries = fs::read_dir(model).context(|| model.display())?;
         let paths = entries.map(|entry| Ok(entry?.path())).collect::<std::io::Result<_>>();
         files = paths.context(|| model.display())?;
-        files.retain(|file| {
-            file.extension()
-                .is_some_and(|kind| ["gguf", "safetensors", "json"].iter().any(|&k| kind == k))
-        });
         files.sort();
     }
     let mut identity = String::new();
     for file in files {
-        let kind = fs::metadata(&file).context(|| file.display())?;
+        let _ = write!(identity, "{}", file.display());
+        // A link to nothing is none of the model's files.
+        let Ok(kind) = fs::metadata(&file) else { continue };
         let changed = kind.modified().context(|| file.display())?;
         let changed = changed.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let _ = write!(identity, " {} {}", kind.len(), changed.as_nanos());
+        // A time that nobody can set.
         #[cfg(unix)]
-        let number = std::os::unix::fs::MetadataExt::ino(&kind);
-        #[cfg(not(unix))]
-        let number = 0;
-        let (path, len) = (file.display(), kind.len());
-        let _ = writeln!(identity, "{path} {len} {} {number}", changed.as_nanos());
+        let _ = write!(identity, " {} {} {}", kind.ino(), kind.ctime(), kind.ctime_nsec());
+        identity.push('\n');
     }
     Ok(identity)
 }
@@ -178,16 +202,20 @@ struct Writing {
 }
 
 impl Writing {
-    fn new(path: PathBuf, identity: String) -> Result<Self> {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        remove_abandoned(&path);
-        let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let unfinished = path.with_extension(format!("{}-{count}.part", std::process::id()));
-        let file = File::create(&unfinished).context(|| unfinished.display())?;
+    fn new(path: PathBuf, identity: String) -> std::io::Result<Self> {
+        // Names must differ from those of other machines and containers.
+        let number = RandomState::new().hash_one(std::process::id());
+        let unfinished = path.with_extension(format!("{number:016x}.part"));
+        let file = File::create_new(&unfinished)?;
+        // As long as it is being written; a file system without locks keeps what is abandoned.
+        let _ = file.lock();
         Ok(Self { path, unfinished, file, len: 0, table: Table { identity, ..Table::default() } })
     }
 
     fn add(&mut self, name: &str, bytes: &[u8]) -> std::io::Result<()> {
+        if self.table.parts.contains_key(name) {
+            return Err(std::io::ErrorKind::AlreadyExists.into());
+        }
         self.file.write_all(bytes)?;
         let end = (self.len + bytes.len()).next_multiple_of(ALIGNMENT);
         self.file.write_all(&[0; ALIGNMENT][..end - self.len - bytes.len()])?;
@@ -210,25 +238,17 @@ impl Writing {
 
 impl Drop for Writing {
     fn drop(&mut self) {
-        // One that is whole has another name.
+        // One that is whole has another name now.
         let _ = fs::remove_file(&self.unfinished);
     }
 }
 
-/// Removes what processes that were killed have left of `path`.
-fn remove_abandoned(path: &Path) {
-    let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-    let is_abandoned = |file: &Path| {
-        let name = file.file_name().unwrap_or_default().to_string_lossy();
-        let changed = fs::metadata(file).and_then(|kind| kind.modified());
-        let age = changed.ok().and_then(|changed| changed.elapsed().ok());
-        name.starts_with(&stem)
-            && file.extension().is_some_and(|kind| kind == "part")
-            && age.is_some_and(|age| age > ABANDONED)
-    };
-    let files = path.parent().and_then(|folder| fs::read_dir(folder).ok());
-    for file in files.into_iter().flatten().flatten().map(|file| file.path()) {
-        if is_abandoned(&file) {
+/// Removes what processes that ended before they had finished have left.
+fn remove_abandoned(folder: &Path) {
+    for file in fs::read_dir(folder).into_iter().flatten().flatten().map(|file| file.path()) {
+        if file.extension().is_some_and(|kind| kind == "part")
+            && File::open(&file).is_ok_and(|open| open.try_lock().is_ok())
+        {
             let _ = fs::remove_file(file);
         }
     }

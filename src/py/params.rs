@@ -10,7 +10,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyDict, PyInt};
 
 use crate::backend::Backend;
-use crate::checkpoint::{self, PackedCache};
+use crate::checkpoint::{self, ModelFiles, PackedCache};
 use crate::config::{DType, DeviceChoice, EngineConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::runner::{CapacityRequest, Runner};
@@ -75,15 +75,17 @@ impl EngineOptions {
     }
 
     /// Has the backend keep what it packs, where that is wanted.
-    fn packed_cache(
+    fn keep_packed(
         &self,
-        path: &Path,
+        files: Option<&ModelFiles>,
         backend: &Backend,
     ) -> Result<Option<Arc<Mutex<PackedCache>>>> {
-        let (Some(folder), Some(layout)) = (&self.packed_cache, backend.packed_layout()) else {
+        let (Some(folder), Some(files), Some(layout)) =
+            (&self.packed_cache, files, backend.packed_layout())
+        else {
             return Ok(None);
         };
-        let kept = PackedCache::open(folder, path, &layout)
+        let kept = PackedCache::open(folder, files, &layout)
             .map_err(|error| error.context("packed_cache"))?;
         let kept = Arc::new(Mutex::new(kept));
         backend.keep_packed(kept.clone());
@@ -97,13 +99,14 @@ impl EngineOptions {
         opened: &Sender<OpenedDevice>,
         eos_token_ids: &Receiver<Vec<u32>>,
     ) -> Result<(Runner, EngineConfig)> {
+        let files = self.packed_cache.as_ref().map(|_| ModelFiles::of(path)).transpose()?;
         let checkpoint = checkpoint::load(path)?;
         let backend = Backend::open(self.device, self.num_threads, self.dtype, &checkpoint.spec)?;
         // One that has given up hears of nothing.
         let _ = opened.send((backend.device_name(), backend.num_threads()));
         let vocab_size = checkpoint.spec.vocab_size;
         let prefill_beside_decode = backend.prefill_beside_decode();
-        let kept = self.packed_cache(path, &backend)?;
+        let kept = self.keep_packed(files.as_ref(), &backend)?;
         let (runner, capacity) = Runner::load(checkpoint, backend, &self.capacity)?;
         if let Some(kept) = kept {
             kept.lock().unwrap_or_else(PoisonError::into_inner).finish();

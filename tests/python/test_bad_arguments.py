@@ -42,6 +42,7 @@ ENGINE = [
     ({"enable_prefix_caching": "no"}, TypeError, "enable_prefix_caching: 'str' object is not an instance of"),
     ({"num_threads": 0}, ValueError, "num_threads must be at least 1; given: 0"),
     ({"num_threads": True}, TypeError, "num_threads must be an integer; given: True"),
+    ({"packed_cache": ""}, ValueError, "packed_cache must not be empty"),
     (
         {"packed_cache": 5},
         TypeError,

@@ -60,7 +60,7 @@ impl Piece {
 impl Arena {
     /// `len` zero bytes that start on a cache line, or `None` when there is no such memory.
     pub(super) fn zeroed(&self, len: usize) -> Option<Buffer> {
-        let taken = len.max(1).checked_next_multiple_of(64)?;
+        let taken = len.max(1).checked_next_multiple_of(CACHE_LINE)?;
         let mut latest = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let fits = |&(ref piece, used): &(Arc<Piece>, usize)| taken <= piece.map.len() - used;
         let (piece, used) = match latest.piece.take().filter(fits) {

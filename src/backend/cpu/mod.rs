@@ -90,7 +90,8 @@ impl Cpu {
     /// All that packed weights depend on, beside the weights.
     pub(crate) fn layout(&self) -> String {
         let arithmetic = Encoding::ALL.map(|encoding| self.arithmetic(encoding));
-        format!("{} {} {arithmetic:?}", pack::LAYOUT, self.dtype.name())
+        let version = env!("CARGO_PKG_VERSION");
+        format!("{version} {} {} {arithmetic:?}", pack::LAYOUT, self.dtype.name())
     }
 
     pub(crate) fn tier(&self) -> Tier {

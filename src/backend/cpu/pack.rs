@@ -18,7 +18,7 @@ use std::borrow::Cow;
 
 use half::{bf16, f16};
 
-use super::memory::{Buffer, Shared};
+use super::memory::{Buffer, CACHE_LINE, Shared};
 use super::{Arithmetic, Cpu};
 use crate::backend::reference;
 use crate::config::DType;
@@ -157,7 +157,11 @@ fn pack_segment(cpu: &Cpu, parts: &[StoredTensor], start: usize) -> Result<Segme
     let segment = |data| Segment { encoding, arithmetic, start, rows: sources.len(), stride, data };
     let name = parts.iter().map(|part| part.name.as_str()).collect::<Vec<_>>().join(" + ");
     let len = panels.checked_mul(stride).ok_or_else(|| out_of_memory(&name))?;
-    if let Some(bytes) = cpu.kept(|kept| kept.find(&name, len)).flatten() {
+    let fits = |bytes: &Bytes| {
+        let slice = bytes.as_slice();
+        slice.len() == len && slice.as_ptr().addr().is_multiple_of(CACHE_LINE)
+    };
+    if let Some(bytes) = cpu.kept(|kept| kept.find(&name, len)).flatten().filter(fits) {
         return Ok(segment(Data::Kept(bytes)));
     }
     let mut data = cpu.weights.zeroed(len).ok_or_else(|| out_of_memory(&name))?;

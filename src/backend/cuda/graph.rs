@@ -12,7 +12,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::cuda_backend::cudarc::driver::sys::CUresult::{
-    CUDA_ERROR_STREAM_CAPTURE_INVALIDATED as CAPTURE_ENDED,
+    CUDA_ERROR_OUT_OF_MEMORY as NO_MEMORY, CUDA_ERROR_STREAM_CAPTURE_INVALIDATED as CAPTURE_ENDED,
     CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED as CAPTURE_REFUSED,
 };
 use candle_core::cuda_backend::cudarc::driver::sys::{
@@ -61,7 +61,8 @@ impl DecodeGraphs {
         let largest = padded(sequences.min(MAX_ROWS));
         let rows: usize = (1..=largest).filter(|&rows| rows == padded(rows)).sum();
         let blocks = largest.saturating_mul(positions.div_ceil(BLOCK_SIZE));
-        rows.saturating_mul(steps.vocab_size).saturating_add(blocks) * size_of::<f32>()
+        let numbers = rows.saturating_mul(steps.vocab_size).saturating_add(blocks);
+        numbers.saturating_mul(size_of::<f32>())
     }
 
     /// For up to `rows` sequences of up to `positions` tokens, with the attention windows of all layers.
@@ -134,31 +135,36 @@ impl DecodeGraphs {
         // A step may take its first memory here, which other modes forbid.
         let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         stream.begin_capture(mode).map_err(failed)?;
-        memory::capture(stream.cu_stream().cast(), true);
+        memory::begin_capture(stream.cu_stream().cast());
         let logits = forward(batch);
-        memory::capture(stream.cu_stream().cast(), false);
         let captured = stream.end_capture(CUgraphInstantiate_flags(0));
+        let captured = captured.and_then(|captured| {
+            captured.as_ref().map_or(Ok(()), CudaGraph::upload)?;
+            Ok(captured)
+        });
+        let is_kept = matches!((&logits, &captured), (Ok(Some(_)), Ok(Some(_))));
+        memory::end_capture(stream.cu_stream().cast(), is_kept);
         match (logits, captured) {
             (Ok(Some(logits)), Ok(Some(captured))) => {
-                captured.upload().map_err(failed)?;
                 self.graphs.insert(batch.ids.len(), Graph { captured, logits });
             }
-            // Somebody else in the process may have waited for the whole GPU, which ends a capture.
-            (_, Err(DriverError(CAPTURE_ENDED | CAPTURE_REFUSED))) => {
-                self.failures += 1;
-                let _ = memory::refused(stream.cu_stream().cast());
-            }
-            // The step itself has run: it goes without a graph.
-            (Err(error), _) if error.kind() == ErrorKind::OutOfMemory => {
-                self.failures += 1;
-                memory::trim(stream.cu_stream().cast());
-            }
+            // Somebody else in the process may have waited for the whole GPU, which ends a capture. Or there is no
+            // memory. The step itself has run: it goes without a graph.
+            (_, Err(DriverError(CAPTURE_ENDED | CAPTURE_REFUSED | NO_MEMORY))) => self.give_up(),
+            (Err(error), _) if error.kind() == ErrorKind::OutOfMemory => self.give_up(),
             (logits, captured) => {
                 logits?;
                 captured.map_err(failed)?;
             }
         }
         Ok(())
+    }
+
+    fn give_up(&mut self) {
+        self.failures += 1;
+        let stream = self.cuda.stream.cu_stream().cast();
+        let _ = memory::refused(stream);
+        memory::trim(stream);
     }
 }
 

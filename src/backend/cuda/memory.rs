@@ -34,8 +34,8 @@ struct Pool {
     sizes: HashMap<u64, usize>,
     /// Blocks that graphs know.
     kept: HashSet<u64>,
-    /// Whether a graph is being captured.
-    capturing: bool,
+    /// While a graph is being captured: blocks that it knows.
+    capturing: Option<Vec<u64>>,
     /// Bytes of the last request that failed.
     refused: Option<usize>,
 }
@@ -44,8 +44,8 @@ impl Pool {
     /// Gives a block out.
     #[cfg_attr(not(feature = "cuda-emulator"), allow(unused_variables))]
     fn give(&mut self, block: u64, stream: *mut c_void) -> u64 {
-        if self.capturing {
-            self.kept.insert(block);
+        if let Some(blocks) = &mut self.capturing {
+            blocks.push(block);
         }
         #[cfg(feature = "cuda-emulator")]
         super::emulator::given(block, stream);
@@ -96,7 +96,7 @@ pub(super) unsafe extern "C" fn alloc_async(
     // SAFETY: `block` is valid for a write. Free blocks may still be in use by work that was queued
     // before they were freed, and the driver waits for that before it takes them back.
     let mut status = unsafe { sys::cuMemAlloc_v2(&raw mut block, size) } as c_int;
-    if status == OUT_OF_MEMORY && !pool.free.is_empty() && !pool.capturing {
+    if status == OUT_OF_MEMORY && !pool.free.is_empty() && pool.capturing.is_none() {
         pool.trim();
         // SAFETY: as above.
         status = unsafe { sys::cuMemAlloc_v2(&raw mut block, size) } as c_int;
@@ -145,10 +145,20 @@ pub(super) unsafe extern "C" fn destroy_stream(stream: *mut c_void) -> c_int {
     unsafe { destroy(stream) }
 }
 
-/// Says that a graph is being captured on `stream`, or is no longer.
-pub(super) fn capture(stream: *mut c_void, capturing: bool) {
+/// Says that a graph is being captured on `stream`.
+pub(super) fn begin_capture(stream: *mut c_void) {
     let mut pools = POOLS.lock().unwrap_or_else(PoisonError::into_inner);
-    pools.entry(stream as usize).or_default().capturing = capturing;
+    pools.entry(stream as usize).or_default().capturing = Some(Vec::new());
+}
+
+/// Says that it is no longer, and whether the graph is there.
+pub(super) fn end_capture(stream: *mut c_void, is_kept: bool) {
+    let mut pools = POOLS.lock().unwrap_or_else(PoisonError::into_inner);
+    let pool = pools.entry(stream as usize).or_default();
+    let blocks = pool.capturing.take().unwrap_or_default();
+    if is_kept {
+        pool.kept.extend(blocks);
+    }
 }
 
 /// Gives what nobody holds back to the driver.

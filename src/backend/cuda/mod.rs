@@ -105,7 +105,11 @@ impl Cuda {
     ) -> Result<usize> {
         let (free, total) = self.memory()?;
         let share = ((total as f64 * utilization) as usize).min(free);
-        let rope_tables = steps.sequences.1 * steps.heads.head_dim;
+        // No longer than what there is room for.
+        let room = share.saturating_sub(weights) / steps.bytes_per_token.max(1);
+        let sequences = (steps.sequences.0, steps.sequences.1.min(room));
+        let steps = StepSizes { sequences, ..steps };
+        let rope_tables = sequences.1 * steps.heads.head_dim;
         let numbers = steps.activations + rope_tables + batch::partials(steps.heads);
         let needed =
             weights + numbers * size_of::<f32>() + DecodeGraphs::bytes(steps) + DRIVER_BYTES;
