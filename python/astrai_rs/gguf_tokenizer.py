@@ -7,9 +7,7 @@ silently.
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from operator import methodcaller
 from typing import TYPE_CHECKING, Any
 
@@ -96,18 +94,6 @@ _ADD_BOS = {
     "tekken",
 }
 """Names that put the begin token first when the file does not say."""
-
-
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """Without the collector of cycles, which would go over a growing vocabulary again and again."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def build(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:

@@ -79,12 +79,11 @@ class AutoTokenizer:
         """The tokenizer inside a GGUF file."""
         from astrai_rs import _core
 
-        with gguf_tokenizer.collector_paused():
-            metadata = _core.gguf_metadata(str(path))
-            try:
-                backend = gguf_tokenizer.build(metadata)
-            except (CheckpointError, NotImplementedError) as error:
-                raise type(error)(f"{path}: {error}") from error
+        metadata = _core.gguf_metadata(str(path))
+        try:
+            backend = gguf_tokenizer.build(metadata)
+        except (CheckpointError, NotImplementedError) as error:
+            raise type(error)(f"{path}: {error}") from error
         templates = {"default": metadata.get("tokenizer.chat_template")}
         for name in metadata.get("tokenizer.chat_templates", ()):
             templates[name] = metadata.get(f"tokenizer.chat_template.{name}")

@@ -15,7 +15,7 @@ SECONDS = int(os.environ.get("ASTRAI_SANITIZER_SECONDS", "400"))
 
 @pytest.mark.skipif(SANITIZER is None, reason="compute-sanitizer is not installed")
 @pytest.mark.skipif(not TESTS.exists(), reason="make kit-gpu has not built the kernels' tests")
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+@pytest.mark.parametrize("tool", ["memcheck", "initcheck", "racecheck", "synccheck"])
 def test_kernels_are_clean(tool: str) -> None:
     assert SANITIZER is not None
     # Errors that a test provokes count as well.
