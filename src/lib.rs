@@ -24,7 +24,8 @@
 //!    on the thread of [`engine::thread`].
 //! 4. [`runner`] packs a step; [`decoder`] is the forward pass over [`layers`]; [`backend`] has the
 //!    fused ops, their naive reference and the kernels for CPUs and (feature `cuda`) NVIDIA GPUs.
-//! 5. [`checkpoint`] turns files into a [`spec::ModelSpec`] and [`weights::Weights`].
+//! 5. [`checkpoint`] turns files into a [`spec::ModelSpec`] and [`weights::Weights`], and keeps what a CPU's kernels
+//!    make of these for the next load.
 //!
 //! # Invariants
 //!
@@ -38,7 +39,7 @@
 //! 4. **Names are canonical past the checkpoint.** No format flag survives loading.
 //! 5. **Every op has a reference version**, [`backend::reference`], and it is the specification.
 //! 6. **Only `py` names `PyO3`**; the crate builds, tests and benches without Python.
-//! 7. **Only `checkpoint` reads files** (but for the system's memory limit); **unsafe lives only in `backend`'s kernels
+//! 7. **Only `checkpoint` reads and writes files** (but for the system's memory limit); **unsafe lives only in `backend`'s kernels
 //!    and the one mmap.**
 //! 8. **The engine thread owns all mutable state**; others send commands and receive events.
 //! 9. **Nothing is guessed silently.** What is missing, unknown, misshapen or unsupported is an error

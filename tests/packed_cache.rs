@@ -127,6 +127,17 @@ fn a_changed_model_is_packed_again() {
 }
 
 #[test]
+fn the_folder_may_be_the_models_own() {
+    let model = Folder::new("packed-own");
+    model.copy_of("llama");
+    let (_, want) = load(&model.0, &model.0, DType::Auto);
+    assert_eq!(load(&model.0, &model.0, DType::Auto), (true, want.clone()));
+    let within = model.0.join("within");
+    assert_eq!(load(&within, &model.0, DType::Auto), (false, want.clone()));
+    assert_eq!(load(&within, &model.0, DType::Auto), (true, want));
+}
+
+#[test]
 fn loads_at_once_do_not_meet() {
     let (folder, alone) = (Folder::new("packed-at-once"), Folder::new("packed-alone"));
     let (_, want) = load(&alone.0, &fixture("llama"), DType::Auto);

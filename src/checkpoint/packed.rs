@@ -26,6 +26,8 @@ const TAIL_BYTES: usize = 8 + 4 + END.len();
 const ALIGNMENT: usize = 64;
 /// Bytes that have a checksum of their own.
 const PIECE: usize = 1 << 20;
+/// How files are named that are whole, and those that are not.
+const OURS: [&str; 2] = ["packed", "part"];
 /// Of a model's name in that of its file.
 const MOST_CHARACTERS: usize = 60;
 
@@ -87,7 +89,7 @@ impl PackedCache {
         let place = crc32fast::hash(format!("{layout}\n{}", model.display()).as_bytes());
         let name = model.file_name().unwrap_or_default().to_string_lossy();
         let name: String = name.chars().take(MOST_CHARACTERS).collect();
-        let path = folder.join(format!("{name}-{place:08x}.packed"));
+        let path = folder.join(format!("{name}-{place:08x}.{}", OURS[0]));
         remove_abandoned(folder);
         let found = read(&path, &identity);
         let writing = if found.is_none() { Writing::new(path, identity).ok() } else { None };
@@ -137,13 +139,14 @@ fn identity(model: &Path) -> Result<String> {
         let entries = fs::read_dir(model).context(|| model.display())?;
         let paths = entries.map(|entry| Ok(entry?.path())).collect::<std::io::Result<_>>();
         files = paths.context(|| model.display())?;
+        files.retain(|file| !OURS.iter().any(|&ours| file.extension().is_some_and(|e| e == ours)));
         files.sort();
     }
     let mut identity = String::new();
     for file in files {
+        // Neither a folder nor a link to nothing is one of the model's files.
+        let Some(kind) = fs::metadata(&file).ok().filter(fs::Metadata::is_file) else { continue };
         let _ = write!(identity, "{}", file.display());
-        // A link to nothing is none of the model's files.
-        let Ok(kind) = fs::metadata(&file) else { continue };
         let changed = kind.modified().context(|| file.display())?;
         let changed = changed.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let _ = write!(identity, " {} {}", kind.len(), changed.as_nanos());
@@ -205,7 +208,7 @@ impl Writing {
     fn new(path: PathBuf, identity: String) -> std::io::Result<Self> {
         // Names must differ from those of other machines and containers.
         let number = RandomState::new().hash_one(std::process::id());
-        let unfinished = path.with_extension(format!("{number:016x}.part"));
+        let unfinished = path.with_extension(format!("{number:016x}.{}", OURS[1]));
         let file = File::create_new(&unfinished)?;
         // As long as it is being written; a file system without locks keeps what is abandoned.
         let _ = file.lock();
@@ -246,7 +249,7 @@ impl Drop for Writing {
 /// Removes what processes that ended before they had finished have left.
 fn remove_abandoned(folder: &Path) {
     for file in fs::read_dir(folder).into_iter().flatten().flatten().map(|file| file.path()) {
-        if file.extension().is_some_and(|kind| kind == "part")
+        if file.extension().is_some_and(|kind| kind == OURS[1])
             && File::open(&file).is_ok_and(|open| open.try_lock().is_ok())
         {
             let _ = fs::remove_file(file);
