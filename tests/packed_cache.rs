@@ -50,6 +50,13 @@ impl Drop for Folder {
     }
 }
 
+/// The bytes of a file of weights, the last number changed.
+fn with_another_number(file: &Path) -> Vec<u8> {
+    let mut bytes = fs::read(file).expect("readable");
+    *bytes.last_mut().expect("weights") ^= 0x40;
+    bytes
+}
+
 /// Whether the weights of `model` were there, and the bits of its logits.
 fn load(folder: &Path, model: &Path, dtype: DType) -> (bool, Vec<u32>) {
     let backend = Backend::cpu(Some(2), dtype).expect("a CPU");
@@ -114,11 +121,8 @@ fn a_changed_model_is_packed_again() {
     let load = || load(&folder.0, &model.0, DType::Auto);
     let (_, want) = load();
     assert!(load().0);
-    // Renamed over the old one, as a download is; of the same size, with another number.
-    let mut changed = fs::read(&weights).expect("readable");
-    let last = changed.len() - 1;
-    changed[last] ^= 0x40;
-    fs::write(model.0.join("new"), changed).expect("written");
+    // Renamed over the old one, as a download is; of the same size.
+    fs::write(model.0.join("new"), with_another_number(&weights)).expect("written");
     fs::rename(model.0.join("new"), &weights).expect("renamed");
     let (was_found, other) = load();
     assert!(!was_found && other != want);
@@ -161,10 +165,7 @@ fn a_model_that_is_changed_in_secret_is_packed_again() {
     let load = || load(&folder.0, &model.0, DType::Auto);
     let (_, want) = load();
     let changed = fs::metadata(&copy).and_then(|kind| kind.modified()).expect("known");
-    let mut bytes = fs::read(&copy).expect("readable");
-    let last = bytes.len() - 1;
-    bytes[last] ^= 0x40;
-    fs::write(&copy, bytes).expect("written");
+    fs::write(&copy, with_another_number(&copy)).expect("written");
     fs::File::options().write(true).open(&copy).and_then(|f| f.set_modified(changed)).expect("set");
     let (was_found, other) = load();
     assert!(!was_found && other != want);
@@ -181,6 +182,21 @@ fn nothing_is_kept_of_files_that_change_while_they_are_loaded() {
     let mut cache = PackedCache::open(&folder.0, &files, "layout").expect("opens");
     cache.keep("weight", &[1, 2, 3]);
     cache.finish();
+    assert!(!cache.is_found() && folder.packed().is_empty());
+}
+
+/// The files behind a link stay as they are when it comes to lead elsewhere.
+#[cfg(unix)]
+#[test]
+fn nothing_is_kept_of_a_link_that_changes_while_it_is_followed() {
+    let (folder, models) = (Folder::new("packed-link"), Folder::new("packed-link-models"));
+    let (link, new) = (models.0.join("link"), models.0.join("new"));
+    let lead = |to: &Path, link: &Path| std::os::unix::fs::symlink(to, link).expect("made");
+    lead(&fixture("llama").canonicalize().expect("there"), &link);
+    let files = ModelFiles::of(&link).expect("a model");
+    lead(&fixture("qwen3").canonicalize().expect("there"), &new);
+    fs::rename(&new, &link).expect("renamed");
+    let cache = PackedCache::open(&folder.0, &files, "layout").expect("opens");
     assert!(!cache.is_found() && folder.packed().is_empty());
 }
 

@@ -49,6 +49,8 @@ struct Part {
 /// Which files a model has, as they are now.
 #[derive(Debug, PartialEq, Eq)]
 pub struct ModelFiles {
+    /// As it was given, and without links.
+    given: PathBuf,
     model: PathBuf,
     /// Names, sizes, times and numbers.
     identity: String,
@@ -59,10 +61,10 @@ impl ModelFiles {
     ///
     /// # Errors
     /// [`crate::error::ErrorKind::Io`] or `NotFound`, which names the path.
-    pub fn of(model: &Path) -> Result<Self> {
-        let model = model.canonicalize().context(|| model.display())?;
+    pub fn of(given: &Path) -> Result<Self> {
+        let model = given.canonicalize().context(|| given.display())?;
         let identity = identity(&model)?;
-        Ok(Self { model, identity })
+        Ok(Self { given: given.to_path_buf(), model, identity })
     }
 }
 
@@ -81,10 +83,10 @@ impl PackedCache {
     /// [`crate::error::ErrorKind::Io`] where there can be no such folder.
     pub fn open(folder: &Path, files: &ModelFiles, layout: &str) -> Result<Self> {
         fs::create_dir_all(folder).context(|| folder.display())?;
-        let model = &files.model;
-        if ModelFiles::of(model)? != *files {
+        if ModelFiles::of(&files.given)? != *files {
             return Ok(Self { found: None, writing: None });
         }
+        let model = &files.model;
         let identity = format!("{layout}\n{}", files.identity);
         let place = crc32fast::hash(format!("{layout}\n{}", model.display()).as_bytes());
         let name = model.file_name().unwrap_or_default().to_string_lossy();
