@@ -1,9 +1,9 @@
 //! Time of each op: on the CPU at the shapes of SmolLM2-135M, on a GPU at those of a 1 B AstrAI model.
 //!
 //! `cargo bench --bench kernels [-- FILTER]`; `ASTRAI_DEVICE=cuda`, `ASTRAI_THREADS`, `ASTRAI_TIER` and
-//! `ASTRAI_DTYPE` choose the backend, `ASTRAI_SUMS=free` one whose sums depend on the batch. Prints medians of about a third of a second each, with rates as
-//! fractions of this machine's measured limits, and one JSON line at the end. Weights are cycled through
-//! copies of at least 200 MB where memory is what limits.
+//! `ASTRAI_DTYPE` choose the backend, `ASTRAI_SUMS=free` one whose sums depend on the batch. Prints medians of
+//! about a third of a second each, with rates as fractions of this machine's measured limits, and one JSON
+//! line at the end. Weights are cycled through copies of at least 200 MB where memory is what limits.
 #![allow(missing_docs, clippy::print_stdout)] // A bench prints.
 
 mod limits;
