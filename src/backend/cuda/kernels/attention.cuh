@@ -5,7 +5,8 @@
 // into tiles of 16: the rows of a tensor-core tile. Keys are cut into splits of SPLIT. A block goes over
 // one split of a tile (then `merge` puts the splits together) or over all of them; either way each split
 // has a softmax of its own, and splits are merged in ascending order. So a row's result does not depend
-// on which of the two it was, nor on the kernel, nor on the other rows (Dao, FlashAttention-2, 2023, has the online softmax).
+// on which of the two it was, nor on the kernel, nor on the other rows. The online softmax is that of Dao,
+// FlashAttention-2, 2023.
 #pragma once
 
 #include "common.cuh"

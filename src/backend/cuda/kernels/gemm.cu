@@ -88,7 +88,8 @@ __device__ inline void begin_stage(const Shared<uint4> &to, const LinearArgs &ar
     const uint32_t first_row = blockIdx.x * Block::ROWS, first_out = blockIdx.y * Block::OUTS;
     const int start = column / CHUNK % Block::STAGES * Block::STAGE;
     if (column < args.cols) {
-        const Rows weights = {args.weight, first_out, args.outs, args.cols}, x = {args.x, first_row, args.rows, args.cols};
+        const Rows weights = {args.weight, first_out, args.outs, args.cols};
+        const Rows x = {args.x, first_row, args.rows, args.cols};
         if constexpr (FORMAT == DENSE) copy_rows<T, THREADS, Block::OUTS>(to, start, weights, column);
         else copy_panels<FORMAT, THREADS, Block::OUTS / PANEL>(to, start, args, first_out / PANEL, column);
         copy_rows<T, THREADS, Block::ROWS>(to, start + Block::W_UNITS, x, column);

@@ -31,11 +31,13 @@ __device__ inline void begin_step(const PrefillShared<CHUNKS> &shared, const Att
     const int start = shared.start(key, threadIdx.x / WARP) + threadIdx.x % WARP;
 #pragma unroll
     for (int i = 0; i < 2 * CHUNKS; i++)
-        copy16_async(shared.units, start + i * WARP, key_at(keys, args.page_dim, i / 2, i % 2), has_key(args.page_dim, i / 2));
+        copy16_async(shared.units, start + i * WARP, key_at(keys, args.page_dim, i / 2, i % 2),
+                     has_key(args.page_dim, i / 2));
 #pragma unroll
     for (int i = 0; i < 2 * CHUNKS; i++) {
         const uint32_t unit = i * WARP + threadIdx.x % WARP;
-        copy16_async(shared.units, start + (2 * CHUNKS + i) * WARP, values + 8 * unit, 8 * unit < KV_PAGE * args.page_dim);
+        copy16_async(shared.units, start + (2 * CHUNKS + i) * WARP, values + 8 * unit,
+                     8 * unit < KV_PAGE * args.page_dim);
     }
 }
 
