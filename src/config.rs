@@ -47,6 +47,29 @@ impl DType {
     }
 }
 
+/// How keys and values are cached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KvCacheDType {
+    /// As [`DType`] says.
+    #[default]
+    Auto,
+    /// Integers of 8 bits, with a scale for 32 of them, as in GGUF's `Q8_0`: 0.53 of bf16. On the CPU.
+    Int8,
+}
+
+impl KvCacheDType {
+    /// Parses `auto` or `int8`.
+    pub fn parse(name: &str) -> Result<Self> {
+        match name {
+            "auto" => Ok(Self::Auto),
+            "int8" => Ok(Self::Int8),
+            other => Err(Error::invalid(format!(
+                "kv_cache_dtype must be one of auto, int8; given: {other:?}"
+            ))),
+        }
+    }
+}
+
 /// Where a model runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum DeviceChoice {

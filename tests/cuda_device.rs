@@ -8,7 +8,7 @@ use std::process::Command;
 
 use astrai_rs::backend::{Backend, Heads, LayerKv, StepSizes};
 use astrai_rs::checkpoint;
-use astrai_rs::config::{DType, DeviceChoice};
+use astrai_rs::config::{DType, DeviceChoice, KvCacheDType};
 use astrai_rs::error::{Error, ErrorKind};
 use astrai_rs::runner::{CapacityRequest, Runner};
 use astrai_rs::spec::ModelSpec;
@@ -34,7 +34,8 @@ fn spec() -> ModelSpec {
 }
 
 fn open(device: DeviceChoice, dtype: DType, spec: &ModelSpec) -> Result<&'static str, Error> {
-    Backend::open(device, Some(1), dtype, spec).map(|backend| backend.device_name())
+    Backend::open(device, Some(1), dtype, KvCacheDType::Auto, spec)
+        .map(|backend| backend.device_name())
 }
 
 #[test]

@@ -79,6 +79,7 @@ class Engine:
         max_num_batched_tokens: int = 2048,
         gpu_memory_utilization: float = 0.9,
         kv_cache_tokens: int | None = None,
+        kv_cache_dtype: str = "auto",
         enable_prefix_caching: bool = True,
         num_threads: int | None = None,
         packed_cache: str | PathLike[str] | None = None,

@@ -55,6 +55,7 @@ class Engine:
         max_num_seqs: the most sequences in one step.
         max_num_batched_tokens: the most tokens in one step; longer prompts are computed in chunks.
         kv_cache_tokens: size of the cache in tokens; None derives it from memory.
+        kv_cache_dtype: `auto` (as `dtype`), or `int8`: 0.53 of bf16's memory, on the CPU only.
         enable_prefix_caching: reuse the cache of equal beginnings of prompts.
         gpu_memory_utilization: share of a GPU's memory for weights, cache and activations.
         num_threads: CPU threads; None takes the CPUs that the process may use.
@@ -65,7 +66,7 @@ class Engine:
     Raises:
         FileNotFoundError: there is no such model.
         CheckpointError: a file is damaged or incomplete; the message names what.
-        NotImplementedError: a model or tokenizer of a kind that is not supported.
+        NotImplementedError: a model, tokenizer or cache of a kind that is not supported.
         ValueError: an argument is out of range.
         OSError: `packed_cache` cannot be read or written.
     """
@@ -81,6 +82,7 @@ class Engine:
         max_num_seqs: int = 256,
         max_num_batched_tokens: int = 2048,
         kv_cache_tokens: int | None = None,
+        kv_cache_dtype: str = "auto",
         enable_prefix_caching: bool = True,
         gpu_memory_utilization: float = 0.9,
         num_threads: int | None = None,
@@ -108,6 +110,7 @@ class Engine:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             kv_cache_tokens=kv_cache_tokens,
+            kv_cache_dtype=kv_cache_dtype,
             enable_prefix_caching=enable_prefix_caching,
             gpu_memory_utilization=gpu_memory_utilization,
             num_threads=num_threads,

@@ -6,11 +6,11 @@ use candle_core::{Device, Tensor};
 use half::vec::HalfBitsVecExt;
 use half::{bf16, f16};
 
-use super::cpu::{self, Cpu, Tier, untouched_zeros};
+use super::cpu::{self, Cpu, PageElement, Tier, untouched_zeros};
 #[cfg(feature = "cuda")]
 use super::cuda::{Cuda, Sums, page_dim};
 use super::{Backend, F32, Heads, Kind, LayerKv, check};
-use crate::config::{BLOCK_SIZE, DType, DeviceChoice};
+use crate::config::{BLOCK_SIZE, DType, DeviceChoice, KvCacheDType};
 use crate::error::{Error, ErrorKind, Result};
 use crate::spec::ModelSpec;
 use crate::weights::{Encoding, PackedWeights};
@@ -51,17 +51,33 @@ impl Backend {
         device: DeviceChoice,
         num_threads: Option<usize>,
         dtype: DType,
+        kv_cache: KvCacheDType,
         spec: &ModelSpec,
     ) -> Result<Self> {
-        let cpu = || Self::cpu(num_threads, dtype);
+        let cpu = || Self::cpu(num_threads, dtype)?.with_kv_cache(kv_cache);
+        let gpu = || Self::cuda(0, dtype)?.with_kv_cache(kv_cache);
         match device {
-            DeviceChoice::Cuda => Self::cuda(0, dtype),
+            DeviceChoice::Cuda => gpu(),
             DeviceChoice::Cpu => cpu(),
-            DeviceChoice::Auto => match Self::cuda(0, dtype) {
+            DeviceChoice::Auto => match gpu() {
                 Ok(gpu) if gpu.supports(spec).is_ok() => Ok(gpu),
                 _ => cpu(),
             },
         }
+    }
+
+    /// The same with another form of the cache.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] where the device has no kernels for it.
+    pub fn with_kv_cache(mut self, kv_cache: KvCacheDType) -> Result<Self> {
+        if kv_cache == KvCacheDType::Int8 && self.device.is_cuda() {
+            return Err(Error::unsupported(
+                "kv_cache_dtype \"int8\" on a GPU; use \"auto\", or the device \"cpu\"",
+            ));
+        }
+        self.kv_cache = kv_cache;
+        Ok(self)
     }
 
     /// The CPU, with `num_threads` threads (all CPUs that the process may use when `None`) and the best tier
@@ -82,7 +98,7 @@ impl Backend {
 
     fn cpu_of(num_threads: Option<usize>, dtype: DType, tier: Tier) -> Result<Self> {
         let cpu = Arc::new(Cpu::new(num_threads, dtype, tier)?);
-        Ok(Self { device: Device::Cpu, kind: Kind::Cpu(cpu) })
+        Ok(Self { device: Device::Cpu, kind: Kind::Cpu(cpu), kv_cache: KvCacheDType::Auto })
     }
 
     /// GPU `ordinal`. [`DType::Auto`] is bf16 there.
@@ -110,7 +126,8 @@ impl Backend {
     #[cfg(feature = "cuda")]
     fn cuda_of(ordinal: usize, dtype: DType, sums: Sums) -> Result<Self> {
         let cuda = Cuda::open(ordinal, float_type(dtype), sums)?;
-        Ok(Self { device: cuda.device(), kind: Kind::Cuda(Arc::new(cuda)) })
+        let (device, kind) = (cuda.device(), Kind::Cuda(Arc::new(cuda)));
+        Ok(Self { device, kind, kv_cache: KvCacheDType::Auto })
     }
 
     /// Whether the device has kernels for a model of these sizes.
@@ -217,6 +234,7 @@ impl Backend {
         }
         let device = &self.device;
         let pages = match self.kv_dtype() {
+            candle_core::DType::I16 => Tensor::from_vec(untouched_zeros::<i16>(len), shape, device),
             F32 => Tensor::from_vec(untouched_zeros::<f32>(len), shape, device),
             candle_core::DType::F16 => Tensor::from_vec(
                 untouched_zeros::<u16>(len).reinterpret_into::<f16>(),
@@ -267,19 +285,22 @@ impl Backend {
 
     /// Numbers of a page of keys, or of values.
     pub(super) fn page_len(&self, heads: Heads) -> usize {
-        let head_dim = match &self.kind {
-            Kind::Cpu(_) => heads.head_dim,
+        let head = match (&self.kind, self.kv_cache) {
+            (Kind::Cpu(_), KvCacheDType::Auto) => BLOCK_SIZE * heads.head_dim,
+            (Kind::Cpu(_), KvCacheDType::Int8) => i8::head_len(heads.head_dim) / size_of::<i16>(),
             #[cfg(feature = "cuda")]
-            Kind::Cuda(_) => page_dim(heads),
+            (Kind::Cuda(_), _) => BLOCK_SIZE * page_dim(heads),
         };
-        heads.num_kv_heads * BLOCK_SIZE * head_dim
+        heads.num_kv_heads * head
     }
 
     pub(super) fn kv_dtype(&self) -> candle_core::DType {
-        match &self.kind {
-            Kind::Cpu(cpu) => float_type(cpu.dtype()),
+        match (&self.kind, self.kv_cache) {
+            (Kind::Cpu(cpu), KvCacheDType::Auto) => float_type(cpu.dtype()),
+            // Pairs of bytes: f16 scales lie among them.
+            (Kind::Cpu(_), KvCacheDType::Int8) => candle_core::DType::I16,
             #[cfg(feature = "cuda")]
-            Kind::Cuda(cuda) => cuda.dtype(),
+            (Kind::Cuda(cuda), _) => cuda.dtype(),
         }
     }
 }

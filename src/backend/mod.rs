@@ -23,6 +23,7 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 
 use crate::cache::block::BlockId;
+use crate::config::KvCacheDType;
 use crate::error::{Error, Result};
 use crate::spec::{Activation, QkNorm, RopePairing};
 use crate::weights::StoredTensor;
@@ -36,6 +37,7 @@ pub use graph::DecodeGraphs;
 pub struct Backend {
     device: Device,
     kind: Kind,
+    kv_cache: KvCacheDType,
 }
 
 #[derive(Clone)]
@@ -114,7 +116,8 @@ pub struct AttentionOp {
 /// page is the device's own.
 #[derive(Debug, Clone)]
 pub struct LayerKv {
-    /// `[2, num_blocks, kv_heads * BLOCK_SIZE * head_dim]`: keys, then values. Some devices round `head_dim` up.
+    /// `[2, num_blocks, kv_heads * BLOCK_SIZE * head_dim]`: keys, then values. Some devices round `head_dim` up. Where
+    /// they are int8, pairs of bytes, with the scales behind those of each head.
     pub pages: Tensor,
 }
 

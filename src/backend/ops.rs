@@ -247,7 +247,10 @@ impl InplaceOp2 for WritePages<'_> {
             CpuStorage::F16(pages) => {
                 cpu::write_pages(cpu, qkv, heads, batch, &mut pages[start..end]);
             }
-            _ => return Err(Error::bug("pages are bf16, f16 or f32").into()),
+            CpuStorage::I16(pages) => {
+                cpu::write_pages(cpu, qkv, heads, batch, cpu::bytes_mut(&mut pages[start..end]));
+            }
+            _ => return Err(Error::bug("pages are bf16, f16, f32 or int8").into()),
         }
         Ok(())
     }
@@ -288,7 +291,11 @@ impl CustomOp2 for PagedAttention<'_> {
                 let pages: &[f16] = &pages[start..end];
                 cpu::attention(cpu, &Attention { qkv, width, heads, op, pages, batch })
             }
-            _ => return Err(Error::bug("pages are bf16, f16 or f32").into()),
+            CpuStorage::I16(pages) => {
+                let pages = cpu::bytes(&pages[start..end]);
+                cpu::attention(cpu, &Attention { qkv, width, heads, op, pages, batch })
+            }
+            _ => return Err(Error::bug("pages are bf16, f16, f32 or int8").into()),
         };
         Ok((CpuStorage::F32(out), (layout.dims()[0], heads.num_heads * heads.head_dim).into()))
     }

@@ -169,6 +169,35 @@ fn rotate(head: &mut [f32], op: &Rope, position: usize) {
     }
 }
 
+/// What an int8 cache keeps of a head's key: as [`round_value_to_int8`], of whole groups of 32 their Walsh-Hadamard
+/// transform.
+pub fn round_key_to_int8(head: &mut [f32]) {
+    let transform = |group: &mut [f32; 32]| {
+        let given = *group;
+        for (i, x) in group.iter_mut().enumerate() {
+            let sign = |j: usize| if (i & j).count_ones().is_multiple_of(2) { 1.0 } else { -1.0 };
+            let sum: f64 = given.iter().enumerate().map(|(j, &x)| sign(j) * f64::from(x)).sum();
+            *x = (sum / 32_f64.sqrt()) as f32;
+        }
+    };
+    head.as_chunks_mut().0.iter_mut().for_each(transform);
+    round_value_to_int8(head);
+    head.as_chunks_mut().0.iter_mut().for_each(transform);
+}
+
+/// What an int8 cache keeps of a head's value: of 32 numbers each, multiples of a 127th of the greatest (as an f16),
+/// as in GGUF's `Q8_0`.
+pub fn round_value_to_int8(head: &mut [f32]) {
+    for group in head.chunks_mut(32) {
+        let greatest = group.iter().fold(0.0_f32, |greatest, x| greatest.max(x.abs()));
+        let scale = f16::from_f32(greatest / 127.0).to_f32();
+        for x in group {
+            let multiple = if scale == 0.0 { 0.0 } else { (*x / scale).round_ties_even() };
+            *x = multiple.clamp(-127.0, 127.0) * scale;
+        }
+    }
+}
+
 /// Keys and values of a whole cache in plain order: `[block * BLOCK_SIZE + slot][kv_head][dim]`.
 #[derive(Debug, Clone, Default)]
 pub struct Cache {
@@ -186,24 +215,26 @@ impl Cache {
         Self { keys: zeros.clone(), values: zeros }
     }
 
-    /// Stores the keys and values of `qkv`, rounded by `round`.
+    /// Stores the keys and values of `qkv`, each head's of a token rounded by the functions for keys and for values.
     pub fn write(
         &mut self,
         (qkv, width): (&[f32], usize),
         heads: Heads,
         batch: &Batch,
-        round: impl Fn(f32) -> f32,
+        (round_key, round_value): (impl Fn(&mut [f32]), impl Fn(&mut [f32])),
     ) {
         let (queries, size) =
             (heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim);
         for run in &batch.runs {
             for row in run.rows.clone() {
                 let at = slot(batch, run, batch.positions[row] as usize) * size;
-                let row = &qkv[row * width + queries..];
-                for i in 0..size {
-                    self.keys[at + i] = round(row[i]);
-                    self.values[at + i] = round(row[size + i]);
-                }
+                let row = &qkv[row * width + queries..][..2 * size];
+                let (keys, values) = row.split_at(size);
+                let stored = at..at + size;
+                self.keys[stored.clone()].copy_from_slice(keys);
+                self.keys[stored.clone()].chunks_mut(heads.head_dim).for_each(&round_key);
+                self.values[stored.clone()].copy_from_slice(values);
+                self.values[stored].chunks_mut(heads.head_dim).for_each(&round_value);
             }
         }
     }

@@ -11,7 +11,7 @@ use pyo3::types::{PyBool, PyDict, PyInt};
 
 use crate::backend::Backend;
 use crate::checkpoint::{self, ModelFiles, PackedCache};
-use crate::config::{DType, DeviceChoice, EngineConfig};
+use crate::config::{DType, DeviceChoice, EngineConfig, KvCacheDType};
 use crate::error::{Error, ErrorKind, Result};
 use crate::runner::{CapacityRequest, Runner};
 use crate::sampler::SamplingOptions;
@@ -25,6 +25,7 @@ pub(super) struct EngineOptions {
     enable_prefix_caching: bool,
     num_threads: Option<usize>,
     packed_cache: Option<PathBuf>,
+    kv_cache: KvCacheDType,
     seed: Option<u64>,
 }
 
@@ -44,6 +45,7 @@ impl EngineOptions {
             enable_prefix_caching: true,
             num_threads: None,
             packed_cache: None,
+            kv_cache: KvCacheDType::Auto,
             seed: None,
         };
         for (name, value) in fields.into_iter().flatten() {
@@ -63,6 +65,9 @@ impl EngineOptions {
             }
             "gpu_memory_utilization" => {
                 self.capacity.gpu_memory_utilization = optional(name, value, float)?;
+            }
+            "kv_cache_dtype" => {
+                self.kv_cache = KvCacheDType::parse(&read::<String>(name, value)?)?;
             }
             "kv_cache_tokens" => self.capacity.kv_cache_tokens = optional(name, value, count)?,
             "enable_prefix_caching" => self.enable_prefix_caching = read(name, value)?,
@@ -101,7 +106,8 @@ impl EngineOptions {
     ) -> Result<(Runner, EngineConfig)> {
         let files = self.packed_cache.as_ref().map(|_| ModelFiles::of(path)).transpose()?;
         let checkpoint = checkpoint::load(path)?;
-        let backend = Backend::open(self.device, self.num_threads, self.dtype, &checkpoint.spec)?;
+        let (device, threads, dtype) = (self.device, self.num_threads, self.dtype);
+        let backend = Backend::open(device, threads, dtype, self.kv_cache, &checkpoint.spec)?;
         // One that has given up hears of nothing.
         let _ = opened.send((backend.device_name(), backend.num_threads()));
         let vocab_size = checkpoint.spec.vocab_size;

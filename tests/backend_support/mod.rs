@@ -7,9 +7,9 @@ use std::sync::Arc;
 #[cfg(feature = "cuda")]
 use std::sync::{Mutex, PoisonError};
 
-use astrai_rs::backend::{Backend, Batch, Run};
+use astrai_rs::backend::{Backend, Batch, Run, reference};
 use astrai_rs::cache::block::BlockId;
-use astrai_rs::config::{BLOCK_SIZE, DType};
+use astrai_rs::config::{BLOCK_SIZE, DType, KvCacheDType};
 use astrai_rs::weights::{Bytes, Encoding, StoredTensor};
 use candle_core::{Device, Tensor};
 use half::{bf16, f16};
@@ -45,6 +45,12 @@ pub(crate) fn backends(threads: usize, dtype: DType) -> Vec<Backend> {
         .into_iter()
         .map(|tier| Backend::cpu_with_tier(Some(threads), dtype, tier).unwrap())
         .collect()
+}
+
+/// The same with an int8 cache.
+pub(crate) fn with_int8_cache(backends: Vec<Backend>) -> Vec<Backend> {
+    let int8 = |backend: Backend| backend.with_kv_cache(KvCacheDType::Int8).unwrap();
+    backends.into_iter().map(int8).collect()
 }
 
 pub(crate) fn tensor(values: &[f32], shape: &[usize]) -> Tensor {
@@ -115,6 +121,20 @@ pub(crate) fn round_like_cache(x: f32, dtype: candle_core::DType) -> f32 {
         candle_core::DType::F16 => f16::from_f32(x).to_f32(),
         _ => x,
     }
+}
+
+/// Makes of a head's key, and of its value, what pages of this type keep.
+pub(crate) fn round_heads(dtype: candle_core::DType) -> (impl Fn(&mut [f32]), impl Fn(&mut [f32])) {
+    let int8 = dtype == candle_core::DType::I16;
+    let round = move |head: &mut [f32]| {
+        head.iter_mut().for_each(|x| *x = round_like_cache(*x, dtype));
+    };
+    (
+        move |head: &mut [f32]| if int8 { reference::round_key_to_int8(head) } else { round(head) },
+        move |head: &mut [f32]| {
+            if int8 { reference::round_value_to_int8(head) } else { round(head) }
+        },
+    )
 }
 
 /// `|got - want| <= tolerance * (1 + |want|)` for all numbers.

@@ -6,7 +6,7 @@ use astrai_rs::config::DType;
 use astrai_rs::spec::{QkNorm, RopePairing};
 use candle_core::Tensor;
 
-use crate::backend_support::{Random, assert_close, batch_of, gpu, round_like_cache};
+use crate::backend_support::{Random, assert_close, batch_of, gpu, round_heads};
 use crate::{DTYPES, activations, bits, dtype_of, grain, residual, values};
 
 fn rope_op(
@@ -143,7 +143,7 @@ fn check_attention(
             own[..queries].copy_from_slice(&got[..queries]);
         }
         let stored = backend.activation_dtype();
-        cache.write((&qkv, width), heads, &batch, |x| round_like_cache(x, stored));
+        cache.write((&qkv, width), heads, &batch, round_heads(stored));
         let got = backend.paged_attention(&given, heads, attention, &kv, &batch).unwrap();
         let want = reference::paged_attention((&qkv, width), heads, attention, &cache, &batch);
         assert_close(&values(&got), &want, 2.0 * grain(dtype), || format!("attention {}", what()));

@@ -38,6 +38,11 @@ ENGINE = [
     ),
     ({"max_num_batched_tokens": -3}, ValueError, "max_num_batched_tokens must be at least 1; given: -3"),
     ({"kv_cache_tokens": 10**13}, MemoryError, "a KV cache of 10000000000000 tokens needs"),
+    (
+        {"kv_cache_dtype": "fp8"},
+        ValueError,
+        'kv_cache_dtype must be one of auto, int8; given: "fp8"',
+    ),
     ({"kv_cache_tokens": 0}, ValueError, "kv_cache_tokens must be at least 1; given: 0"),
     ({"enable_prefix_caching": "no"}, TypeError, "enable_prefix_caching: 'str' object is not an instance of"),
     ({"num_threads": 0}, ValueError, "num_threads must be at least 1; given: 0"),

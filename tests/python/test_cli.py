@@ -180,6 +180,7 @@ def test_bad_jsonl(tmp_path, line, message):
         (("run", "a", "--dtype", "int3"), 2, "dtype must be one of auto, float32, bfloat16, float16"),
         (("run", "a", "--threads", "0"), 2, "num_threads must be at least 1; given: 0"),
         (("run", "a", "--max-model-len", "129"), 2, "max_model_len must be at most 128"),
+        (("run", "a", "--kv-cache-dtype", "int4"), 2, "kv_cache_dtype must be one of auto, int8"),
         (("run", "a", "--gpu-memory-utilization", "1.5"), 2, "gpu_memory_utilization must be above 0 and at"),
         (("run", "word " * 200), 2, "tokens"),
         (("run", "a", "--input", "x"), 2, "give a prompt or --input, not both"),

@@ -48,10 +48,10 @@ def test_max_tokens_none_fills_the_context(glass, cases):
     assert out.finish_reason == "length"
 
 
-def smollm2_errors(dtype):
+def smollm2_errors(**options):
     """Absolute errors of the stored top-5 logprobs, teacher-forced: the stored answer follows the prompt."""
     prompts = [case["prompt_ids"] + case["greedy_ids"] for case in SMOLLM2]
-    with Engine(embedded_model(), dtype=dtype) as engine:
+    with Engine(embedded_model(), **options) as engine:
         outs = engine.generate(prompts, SamplingParams(max_tokens=1, prompt_logprobs=100))
     return [
         abs(entries[token].logprob - logprob)
@@ -61,9 +61,12 @@ def smollm2_errors(dtype):
     ]
 
 
-@pytest.mark.parametrize(("dtype", "mean", "p99"), [("float32", 2e-3, 5e-3), ("auto", 0.03, 0.15)])
-def test_smollm2_logprobs(dtype, mean, p99):
-    errors = sorted(smollm2_errors(dtype))
+@pytest.mark.parametrize(
+    ("options", "mean", "p99"),
+    [({"dtype": "float32"}, 2e-3, 5e-3), ({}, 0.03, 0.15), ({"kv_cache_dtype": "int8"}, 0.04, 0.22)],
+)
+def test_smollm2_logprobs(options, mean, p99):
+    errors = sorted(smollm2_errors(**options))
     assert sum(errors) / len(errors) <= mean
     assert errors[len(errors) * 99 // 100] <= p99
 

@@ -68,9 +68,9 @@ def results(outputs: list[Any]) -> list[Result]:
     ]
 
 
-def generate(model: str, dtype: str, requests: Any, *, alone: bool = False, **options: Any) -> list[Result]:
+def generate(model: str, requests: Any, *, alone: bool = False, **options: Any) -> list[Result]:
     prompts, params = requests
-    with Engine(str(GOLDEN / model), dtype=dtype, **options) as engine:
+    with Engine(str(GOLDEN / model), **options) as engine:
         if alone:
             return results([engine.generate(p, s) for p, s in zip(prompts, params, strict=True)])
         outputs = engine.generate(prompts, params)
@@ -93,14 +93,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    ("model", "dtype"),
-    [("llama", dtype) for dtype in ("float32", "auto", "bfloat16", "float16")]
-    + [(model, dtype) for model in ("mistral-swa", "astrai-qknorm-gated") for dtype in ("float32", "auto")],
+    ("model", "dtype", "kv_cache_dtype"),
+    [("llama", dtype, "auto") for dtype in ("float32", "auto", "bfloat16", "float16")]
+    + [("mistral-swa", dtype, "auto") for dtype in ("float32", "auto")]
+    + [("astrai-qknorm-gated", dtype, "auto") for dtype in ("float32", "auto")]
+    + [("llama", "auto", "int8")],
 )
-def test_batch_invariance(model: str, dtype: str) -> None:
+def test_batch_invariance(model: str, dtype: str, kv_cache_dtype: str) -> None:
     requests = random_requests()
-    alone = generate(model, dtype, requests, alone=True, enable_prefix_caching=False)
+    always = {"dtype": dtype, "kv_cache_dtype": kv_cache_dtype}
+    alone = generate(model, requests, alone=True, enable_prefix_caching=False, **always)
     for name, options in VARIANTS.items():
-        given = generate(model, dtype, requests, **options)
+        given = generate(model, requests, **always, **options)
         different = [index for index in range(REQUESTS) if given[index] != alone[index]]
         assert not different, f"{name}: requests {different[:10]} differ"

@@ -15,15 +15,11 @@ import typer
 
 from astrai_rs.cli.common import (
     USAGE,
-    Device,
-    Dtype,
-    GpuMemory,
-    MaxLen,
     Model,
-    Threads,
     fail,
     model_name,
     open_engine,
+    takes_engine_options,
 )
 
 if TYPE_CHECKING:
@@ -42,6 +38,7 @@ _PERCENTILES = (10, 25, 50, 75, 90, 99)
 
 
 @app.command()
+@takes_engine_options
 def latency(
     model: Model = None,
     input_len: InputLen = 32,
@@ -51,18 +48,15 @@ def latency(
     num_iters_warmup: Annotated[int, typer.Option(help="Runs before them.", min=0)] = 2,
     seed: BenchSeed = 0,
     output_json: OutputJson = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    threads: Threads = None,
-    max_model_len: MaxLen = None,
-    gpu_memory_utilization: GpuMemory = 0.9,
+    *,
+    options: dict[str, Any],
 ) -> None:
     """Time from a batch of prompts to its last token."""
     from rich.console import Console
     from rich.progress import track
 
     _check_writable(output_json)
-    with open_engine(model, device, dtype, threads, max_model_len, gpu_memory_utilization) as engine:
+    with open_engine(model, options) as engine:
         latencies = []
         console = Console(stderr=True)
         for index in track(range(num_iters_warmup + num_iters), "measuring", console=console):
@@ -85,6 +79,7 @@ def latency(
 
 
 @app.command()
+@takes_engine_options
 def throughput(
     model: Model = None,
     input_len: InputLen = 128,
@@ -92,15 +87,12 @@ def throughput(
     num_prompts: Annotated[int, typer.Option(help="Prompts, all submitted at once.", min=1)] = 64,
     seed: BenchSeed = 0,
     output_json: OutputJson = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    threads: Threads = None,
-    max_model_len: MaxLen = None,
-    gpu_memory_utilization: GpuMemory = 0.9,
+    *,
+    options: dict[str, Any],
 ) -> None:
     """Tokens per second of many prompts together."""
     _check_writable(output_json)
-    with open_engine(model, device, dtype, threads, max_model_len, gpu_memory_utilization) as engine:
+    with open_engine(model, options) as engine:
         _generate(engine, _prompts(engine, 1, input_len, seed - 1), 8)
         prompts = _prompts(engine, num_prompts, input_len, seed)
         start = time.perf_counter()

@@ -13,22 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from astrai_rs.cli.common import (
     FAILED,
-    Device,
-    Dtype,
-    GpuMemory,
-    MaxLen,
     MaxTokens,
     Model,
     Seed,
     Stopwatch,
     System,
     Temperature,
-    Threads,
     TopK,
     TopP,
     fail,
     open_engine,
     show,
+    takes_engine_options,
 )
 
 if TYPE_CHECKING:
@@ -38,6 +34,7 @@ if TYPE_CHECKING:
     from astrai_rs.request import SamplingParams
 
 
+@takes_engine_options
 def chat(
     model: Model = None,
     system: System = None,
@@ -46,11 +43,8 @@ def chat(
     top_p: TopP = 1.0,
     top_k: TopK = 0,
     seed: Seed = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    threads: Threads = None,
-    max_model_len: MaxLen = None,
-    gpu_memory_utilization: GpuMemory = 0.9,
+    *,
+    options: dict[str, Any],
 ) -> None:
     """Talk to a model. Ctrl-C stops an answer; at the prompt it leaves."""
     from astrai_rs.request import SamplingParams
@@ -58,7 +52,7 @@ def chat(
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
     )
-    with open_engine(model, device, dtype, threads, max_model_len, gpu_memory_utilization) as engine:
+    with open_engine(model, options) as engine:
         if getattr(engine.tokenizer, "chat_template", None) is None:
             fail("the model has no chat template; use: astrai-rs run --raw", FAILED)
         Conversation(engine, params, system).loop()

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
+from functools import wraps
+from inspect import Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -19,11 +22,6 @@ USAGE, FAILED, INTERRUPTED = 2, 1, 130
 Model = Annotated[
     str | None, typer.Option("--model", "-m", help="Folder, .gguf file or hub id (owner/name:Q4_K_M).")
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; default: all that the process may use.")]
-MaxLen = Annotated[int | None, typer.Option("--max-model-len", help="Most tokens of prompt and output.")]
-GpuMemory = Annotated[float, typer.Option(help="Share of a GPU's memory for weights, cache and activations.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens to generate.")]
 Temperature = Annotated[float, typer.Option("--temperature", "-t", help="0 is greedy.")]
 TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens of this total probability.")]
@@ -39,15 +37,38 @@ def fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def open_engine(
-    model: str | None,
-    device: str,
-    dtype: str,
-    threads: int | None,
-    max_model_len: int | None,
-    gpu_memory_utilization: float,
-    **limits: Any,
-) -> Engine:
+def _engine_options(
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    kv_cache_dtype: Annotated[str, typer.Option(help="auto, or int8: half the memory, on the CPU.")] = "auto",
+    num_threads: Annotated[
+        int | None, typer.Option("--threads", help="CPU threads; default: all that the process may use.")
+    ] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Most tokens of prompt and output.")] = None,
+    gpu_memory_utilization: Annotated[
+        float, typer.Option(help="Share of a GPU's memory for weights, cache and activations.")
+    ] = 0.9,
+) -> None:
+    """The options of every command that opens an engine."""
+
+
+def takes_engine_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the options of an engine, in its last parameter: `options`."""
+    shared = signature(_engine_options, eval_str=True).parameters
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        options = {name: given.pop(name) for name in shared}
+        command(**given, options=options)
+
+    own = signature(command, eval_str=True).parameters.values()
+    parameters = [*(each for each in own if each.name != "options"), *shared.values()]
+    run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    return run
+
+
+def open_engine(model: str | None, options: dict[str, Any]) -> Engine:
     from astrai_rs.engine import Engine
     from astrai_rs.model import embedded_model
 
@@ -56,10 +77,7 @@ def open_engine(
         fail("--model must not be empty", USAGE)
     if not path:
         fail("no --model given, and no embedded one: pip install 'astrai_rs[demo]'", USAGE)
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "num_threads": threads}
-    options |= {"max_model_len": max_model_len, "gpu_memory_utilization": gpu_memory_utilization, **limits}
-    options["packed_cache"] = os.environ.get("ASTRAI_PACKED_CACHE") or None
-    return Engine(path, **options)
+    return Engine(path, **options, packed_cache=os.environ.get("ASTRAI_PACKED_CACHE") or None)
 
 
 def model_name(model: str | None) -> str:

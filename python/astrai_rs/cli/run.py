@@ -15,23 +15,19 @@ import typer
 from astrai_rs.cli.common import (
     FAILED,
     USAGE,
-    Device,
-    Dtype,
-    GpuMemory,
-    MaxLen,
     MaxTokens,
     Model,
     Seed,
     Stopwatch,
     System,
     Temperature,
-    Threads,
     TopK,
     TopP,
     fail,
     open_engine,
     prompt_ids,
     show,
+    takes_engine_options,
 )
 
 if TYPE_CHECKING:
@@ -40,6 +36,7 @@ if TYPE_CHECKING:
     from astrai_rs.stream import TokenStream
 
 
+@takes_engine_options
 def run(
     prompt: Annotated[str | None, typer.Argument(help="The prompt; stdin if left out.")] = None,
     model: Model = None,
@@ -56,11 +53,8 @@ def run(
     top_p: TopP = 1.0,
     top_k: TopK = 0,
     seed: Seed = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    threads: Threads = None,
-    max_model_len: MaxLen = None,
-    gpu_memory_utilization: GpuMemory = 0.9,
+    *,
+    options: dict[str, Any],
 ) -> None:
     """Answer a prompt, or every line of a JSONL file."""
     from astrai_rs.request import SamplingParams
@@ -82,7 +76,7 @@ def run(
         sink = output.open("w", encoding="utf-8") if output is not None else nullcontext(sys.stdout)
         with (
             sink as file,
-            open_engine(model, device, dtype, threads, max_model_len, gpu_memory_utilization) as engine,
+            open_engine(model, options) as engine,
         ):
             if not run_batch(engine, lines, file, raw=raw):
                 raise typer.Exit(FAILED)
@@ -97,7 +91,7 @@ def run(
         prompt.encode()
     except UnicodeEncodeError as error:  # bytes that are no UTF-8 come as halves of surrogate pairs
         fail(f"the prompt is not UTF-8 from character {error.start} on", USAGE)
-    with open_engine(model, device, dtype, threads, max_model_len, gpu_memory_utilization) as engine:
+    with open_engine(model, options) as engine:
         messages = [{"role": "system", "content": system}] if system else []
         ids = prompt_ids(engine, [*messages, {"role": "user", "content": prompt}], raw=raw, text=prompt)
         answer(engine, ids, params, as_json=as_json)

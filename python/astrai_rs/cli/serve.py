@@ -7,27 +7,24 @@ import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from astrai_rs.cli.common import (
     FAILED,
     USAGE,
-    Device,
-    Dtype,
-    GpuMemory,
-    MaxLen,
     Model,
-    Threads,
     fail,
     model_name,
     open_engine,
+    takes_engine_options,
 )
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
+@takes_engine_options
 def serve(
     model: Model = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -53,11 +50,8 @@ def serve(
     ] = 30.0,
     max_num_seqs: Annotated[int, typer.Option(help="Most samples in one step.")] = 256,
     kv_cache_tokens: Annotated[int | None, typer.Option(help="Size of the KV cache.")] = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    threads: Threads = None,
-    max_model_len: MaxLen = None,
-    gpu_memory_utilization: GpuMemory = 0.9,
+    *,
+    options: dict[str, Any],
 ) -> None:
     """Serve a model over HTTP: OpenAI's, Anthropic's and AstrAI's interfaces."""
     if not all(map(find_spec, ("fastapi", "uvicorn", "prometheus_client"))):
@@ -95,9 +89,7 @@ def serve(
     # Before the model is loaded, which takes longer.
     sockets = listen(host, port) if uds is None else [listen_unix(uds)]
     try:
-        with open_engine(
-            model, device, dtype, threads, max_model_len, gpu_memory_utilization, **limits
-        ) as engine:
+        with open_engine(model, options | limits) as engine:
             run_server(engine, settings, sockets)
     finally:
         for each in sockets:

@@ -11,9 +11,10 @@ use std::ops::Range;
 #[cfg(target_arch = "x86_64")]
 use super::attention_pages::Halves;
 use super::attention_pages::{Numbers, Pages, Scratch, Widened};
-use super::attention_tile::{Block, State, Tile};
-use super::lanes::{Element, LANES, Lanes};
+use super::attention_tile::{Block, PAGES, State, Tile};
+use super::lanes::{LANES, Lanes};
 use super::memory::{CACHE_LINE, Shared, prefetch, written_by};
+use super::page::{PageElement, spread};
 #[cfg(target_arch = "x86_64")]
 use super::product::PairProduct;
 use super::product::{self, Exact, Product, ProductKernel};
@@ -37,14 +38,13 @@ pub(crate) struct Attention<'a, E> {
     pub(crate) width: usize,
     pub(crate) heads: Heads,
     pub(crate) op: AttentionOp,
-    /// `[2, num_blocks, page]`; a page is `[kv_head][dim][16 tokens]` of keys or
-    /// `[kv_head][token][dim]` of values.
+    /// `[2, num_blocks, page]`; a page is as in [`super::page`].
     pub(crate) pages: &'a [E],
     pub(crate) batch: &'a Batch,
 }
 
 /// `[tokens, heads * head_dim]`. The runs of the batch cover all rows, in order.
-pub(crate) fn attention<E: Element + Sync>(cpu: &Cpu, input: &Attention<'_, E>) -> Vec<f32> {
+pub(crate) fn attention<E: PageElement>(cpu: &Cpu, input: &Attention<'_, E>) -> Vec<f32> {
     let tasks = input.tasks();
     let spans: usize = tasks.iter().map(|task| task.spans.len()).sum();
     let size = input.batch.positions.len() * input.heads.num_heads * input.heads.head_dim;
@@ -69,7 +69,7 @@ pub(crate) fn attention<E: Element + Sync>(cpu: &Cpu, input: &Attention<'_, E>) 
 }
 
 /// Computes the spans of all tasks side by side, then merges them in order.
-fn by_span<E: Element + Sync>(
+fn by_span<E: PageElement>(
     cpu: &Cpu,
     input: &Attention<'_, E>,
     tasks: &[Task<'_>],
@@ -104,7 +104,7 @@ struct Task<'a> {
     spans: Range<usize>,
 }
 
-impl<E: Element> Attention<'_, E> {
+impl<E: PageElement> Attention<'_, E> {
     /// In pairs where the cache has bf16 and the machine multiplies pairs of it.
     fn run<K: ProductKernel>(&self, cpu: &Cpu, kernel: K) {
         let paired = E::IS_BF16 && self.heads.head_dim.is_multiple_of(LANES);
@@ -174,7 +174,13 @@ impl<E: Element> Attention<'_, E> {
                 let row = task.rows.start + (first + slot) / group;
                 let head = task.kv_head * group + (first + slot) % group;
                 let query = &self.qkv[row * self.width + head * dim..][..dim];
-                block.set::<P>(slot, query, self.op.scale, self.seen(row));
+                if E::SCALED {
+                    let mut query = query.to_vec();
+                    spread(&mut query);
+                    block.set::<P>(slot, &query, self.op.scale, self.seen(row));
+                } else {
+                    block.set::<P>(slot, query, self.op.scale, self.seen(row));
+                }
             }
             blocks.push(block);
         }
@@ -190,20 +196,20 @@ struct TaskKernel<'a, E> {
     state: &'a mut Option<State>,
 }
 
-impl<E: Element> ProductKernel for TaskKernel<'_, E> {
+impl<E: PageElement> ProductKernel for TaskKernel<'_, E> {
     #[inline(always)]
     fn exact<L: Lanes>(self) {
-        self.each::<Exact<L>, Numbers<E>, Widened>();
+        self.each::<Exact<L>, Numbers<E>, Widened<E>>();
     }
 
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     fn pairs(self) {
-        self.each::<PairProduct, Halves, Widened>();
+        self.each::<PairProduct, Halves, Widened<E>>();
     }
 }
 
-impl<E: Element> TaskKernel<'_, E> {
+impl<E: PageElement> TaskKernel<'_, E> {
     /// `D` reads the pages of the cache, `W` what was widened.
     #[inline(always)]
     fn each<P: Product, D: Pages<P>, W: Pages<P, Number = u32>>(self) {
@@ -245,7 +251,7 @@ impl<E: Element> TaskKernel<'_, E> {
         if start > last {
             return;
         }
-        let head = size_of_val(&self.input.pages[..BLOCK_SIZE * self.input.heads.head_dim]);
+        let head = E::head_len(self.input.heads.head_dim) * size_of::<E>();
         for (keys, values) in self.tile::<u8>(start, last).pages {
             for at in (0..head).step_by(CACHE_LINE) {
                 prefetch(keys.wrapping_add(at));
@@ -258,18 +264,21 @@ impl<E: Element> TaskKernel<'_, E> {
     #[inline(always)]
     fn tile<N>(&self, start: usize, last: usize) -> Tile<N> {
         let Heads { num_kv_heads, head_dim, .. } = self.input.heads;
-        let (head, page) = (BLOCK_SIZE * head_dim, BLOCK_SIZE * head_dim * num_kv_heads);
+        let (numbers, head) = (BLOCK_SIZE * head_dim, E::head_len(head_dim));
         let half = self.input.pages.len() / 2;
         let table = &self.input.batch.blocks[self.task.run.blocks.clone()];
-        let pages = std::array::from_fn(|i| {
+        let pages: [_; PAGES] = std::array::from_fn(|i| {
             // A page behind the context is never used; any other stands in for it.
             let index = (start / BLOCK_SIZE + i).min(last / BLOCK_SIZE);
-            let at = table[index].0 as usize * page + self.task.kv_head * head;
-            let (keys, values) =
-                (&self.input.pages[at..at + head], &self.input.pages[half + at..][..head]);
-            (keys.as_ptr().cast(), values.as_ptr().cast())
+            let at = (table[index].0 as usize * num_kv_heads + self.task.kv_head) * head;
+            (&self.input.pages[at..at + head], &self.input.pages[half + at..][..head])
         });
-        Tile { start, valid: (last + 1 - start).min(TILE), pages, row: head_dim }
+        let scales = pages.map(|(keys, values)| {
+            (keys[numbers..].as_ptr().cast(), values[numbers..].as_ptr().cast())
+        });
+        let valid = (last + 1 - start).min(TILE);
+        let pages = pages.map(|(keys, values)| (keys.as_ptr().cast(), values.as_ptr().cast()));
+        Tile { start, valid, pages, scales, row: head_dim }
     }
 }
 

@@ -9,6 +9,7 @@ use half::bf16;
 
 use super::attention_tile::{PAGES, Tile};
 use super::lanes::{Element, LANES, Lanes};
+use super::page::PageElement;
 #[cfg(target_arch = "x86_64")]
 use super::product::PairProduct;
 use super::product::{Exact, Product};
@@ -23,6 +24,8 @@ pub(super) trait Pages<P: Product> {
     const KEYS: usize;
     /// Rows of values that a step has.
     const ROWS: usize;
+    /// Whether numbers are multiples of the tile's scales.
+    const SCALED: bool;
 
     /// # Safety
     /// `p` points to the keys of a step.
@@ -50,10 +53,11 @@ pub(super) trait Pages<P: Product> {
 /// Numbers that load as f32.
 pub(super) struct Numbers<E>(PhantomData<E>);
 
-impl<L: Lanes, E: Element> Pages<Exact<L>> for Numbers<E> {
+impl<L: Lanes, E: PageElement> Pages<Exact<L>> for Numbers<E> {
     type Number = E;
     const KEYS: usize = LANES;
     const ROWS: usize = 1;
+    const SCALED: bool = E::SCALED;
 
     #[inline(always)]
     unsafe fn keys(p: *const E) -> L {
@@ -109,6 +113,7 @@ impl Pages<PairProduct> for Halves {
     type Number = bf16;
     const KEYS: usize = 2 * LANES;
     const ROWS: usize = 2;
+    const SCALED: bool = false;
 
     #[inline(always)]
     unsafe fn keys(p: *const bf16) -> Pairs {
@@ -144,13 +149,14 @@ impl Pages<PairProduct> for Halves {
     }
 }
 
-/// Words of a [`Scratch`].
-pub(super) struct Widened;
+/// Words of a [`Scratch`], of numbers `E`.
+pub(super) struct Widened<E>(PhantomData<E>);
 
-impl<L: Lanes> Pages<Exact<L>> for Widened {
+impl<L: Lanes, E: PageElement> Pages<Exact<L>> for Widened<E> {
     type Number = u32;
     const KEYS: usize = LANES;
     const ROWS: usize = 1;
+    const SCALED: bool = E::SCALED;
 
     #[inline(always)]
     unsafe fn keys(p: *const u32) -> L {
@@ -173,10 +179,11 @@ impl<L: Lanes> Pages<Exact<L>> for Widened {
 }
 
 #[cfg(target_arch = "x86_64")]
-impl Pages<PairProduct> for Widened {
+impl<E: PageElement> Pages<PairProduct> for Widened<E> {
     type Number = u32;
     const KEYS: usize = LANES;
     const ROWS: usize = 1;
+    const SCALED: bool = E::SCALED;
 
     #[inline(always)]
     unsafe fn keys(p: *const u32) -> Pairs {
@@ -226,6 +233,6 @@ impl Scratch {
             // SAFETY: the tile's pages are whole.
             unsafe { D::widen(page, dim, valid, (keys, values, padded)) }
         }
-        Tile { start: tile.start, valid: tile.valid, pages, row: padded }
+        Tile { pages, row: padded, start: tile.start, valid: tile.valid, scales: tile.scales }
     }
 }

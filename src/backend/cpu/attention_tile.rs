@@ -7,9 +7,14 @@
 //! and a tile of which it sees none changes nothing, bit for bit.
 #![allow(unsafe_code)] // Keys and values are read through raw pointers.
 
+use std::ops::Range;
+
+use half::f16;
+
 use super::attention::TILE;
 use super::attention_pages::Pages;
 use super::lanes::{LANES, Lanes, array_of};
+use super::page::GROUP;
 use super::product::Product;
 use crate::config::BLOCK_SIZE;
 
@@ -77,6 +82,9 @@ pub(super) struct Tile<E> {
     pub(super) valid: usize,
     /// Keys `[dim][16]` and values `[16][row]` of each page.
     pub(super) pages: [(*const E, *const E); PAGES],
+    /// Scales `[dim / 32][16]` of each page's keys and values, where numbers are multiples of them. These stay
+    /// integers, exact in every type: scores are scaled, and weights before they meet values.
+    pub(super) scales: [(*const f16, *const f16); PAGES],
     /// Distance of two tokens' values.
     pub(super) row: usize,
 }
@@ -138,7 +146,9 @@ impl State {
         let pages = (start / BLOCK_SIZE, end.div_ceil(BLOCK_SIZE));
         for page in (pages.0..pages.1).step_by(T) {
             let keys = array_of!(t < T => tile.pages[(page + t).min(pages.1 - 1)].0);
-            score_pages::<P, D, M, T>(&block.queries, keys, page * BLOCK_SIZE, &mut scores);
+            let scales = array_of!(t < T => tile.scales[(page + t).min(pages.1 - 1)].0);
+            let at = page * BLOCK_SIZE;
+            score_pages::<P, D, M, T>(&block.queries, (keys, scales), at, &mut scores);
         }
         let slots = block.first..block.first + M;
         let decay = softmax::<P::L, M>(
@@ -147,12 +157,27 @@ impl State {
             &mut self.greatest[slots.clone()],
             &mut self.sums[slots.start * LANES..slots.end * LANES],
         );
-        for scores in &mut scores {
-            P::pack(scores.as_chunks_mut::<32>().0);
+        let (padded, tokens) = (self.padded, (start, end));
+        let outputs = &mut self.outputs[block.first * padded..][..M * padded];
+        if !D::SCALED {
+            let weights = (&mut scores, &decay);
+            return weigh_dims::<P, D, M, T>(tile, tokens, 0..padded, weights, outputs);
         }
-        let outputs = &mut self.outputs[block.first * self.padded..][..M * self.padded];
-        for d in (0..self.padded).step_by(T * LANES) {
-            weigh_values::<P, D, M, T>(tile, (start, end), d, (&scores, &decay), outputs);
+        for (group, first) in (0..padded).step_by(GROUP).enumerate() {
+            let mut weights = scores;
+            for page in pages.0..pages.1 {
+                // SAFETY: a page has scales of each group.
+                let scale = unsafe { P::L::load_f16(tile.scales[page].1.add(group * LANES)) };
+                for weights in &mut weights {
+                    let weights = &mut weights[page * LANES..][..LANES];
+                    // SAFETY: 16 values.
+                    unsafe {
+                        P::L::load(weights.as_ptr()).mul(scale).store(weights.as_mut_ptr());
+                    }
+                }
+            }
+            let dims = first..(first + GROUP).min(padded);
+            weigh_dims::<P, D, M, T>(tile, tokens, dims, (&mut weights, &decay), outputs);
         }
     }
 
@@ -201,30 +226,41 @@ fn blend<L: Lanes>(to: &mut [f32], from: &[f32], keep: L, take: L) {
     }
 }
 
-/// Writes the products of all queries with the keys of `T` pages to `scores[..][at..]`.
+/// Writes the products of all queries with the keys of `T` pages to `scores[..][at..]`, which are zero before.
 #[inline(always)]
 fn score_pages<P: Product, D: Pages<P>, const M: usize, const T: usize>(
     queries: &[u32],
-    keys: [*const D::Number; T],
+    (keys, scales): ([*const D::Number; T], [*const f16; T]),
     at: usize,
     scores: &mut [[f32; SCORES]; M],
 ) {
-    let mut sums = [[P::L::splat(0.0); T]; M];
-    for (step, queries) in queries.chunks_exact(M * P::PARTS).enumerate() {
-        // SAFETY: a page holds the keys of each step that a query has.
-        unsafe {
-            let keys = array_of!(t < T => D::keys(keys[t].add(step * D::KEYS)));
-            for queries in queries.chunks_exact(M) {
-                for (sums, query) in sums.iter_mut().zip(queries) {
-                    add_products::<P, T>(sums, keys, P::broadcast(query));
+    let steps = if D::SCALED { GROUP / P::STEP } else { queries.len() };
+    for (group, queries) in queries.chunks(steps * P::PARTS * M).enumerate() {
+        let mut sums = [[P::L::splat(0.0); T]; M];
+        for (step, queries) in queries.chunks_exact(M * P::PARTS).enumerate() {
+            let step = group * steps + step;
+            // SAFETY: a page holds the keys of each step that a query has.
+            unsafe {
+                let keys = array_of!(t < T => D::keys(keys[t].add(step * D::KEYS)));
+                for queries in queries.chunks_exact(M) {
+                    for (sums, query) in sums.iter_mut().zip(queries) {
+                        add_products::<P, T>(sums, keys, P::broadcast(query));
+                    }
                 }
             }
         }
-    }
-    for (sums, scores) in sums.iter().zip(scores) {
-        for (sum, scores) in sums.iter().zip(scores[at..].chunks_exact_mut(LANES)) {
-            // SAFETY: a chunk is 16 values.
-            unsafe { sum.store(scores.as_mut_ptr()) }
+        for (sums, scores) in sums.iter().zip(scores.iter_mut()) {
+            for (t, scores) in scores[at..].chunks_exact_mut(LANES).take(T).enumerate() {
+                // SAFETY: a chunk is 16 values, and a page has as many scales of each group.
+                unsafe {
+                    let mut score = sums[t];
+                    if D::SCALED {
+                        let scale = P::L::load_f16(scales[t].add(group * LANES));
+                        score = score.fma(scale, P::L::load(scores.as_ptr()));
+                    }
+                    score.store(scores.as_mut_ptr());
+                }
+            }
         }
     }
 }
@@ -341,6 +377,23 @@ fn softmax<L: Lanes, const M: usize>(
         }
     }
     std::array::from_fn(|slot| changes[slot])
+}
+
+/// [`weigh_values`] of the dimensions `dims`, a multiple of `T` vectors.
+#[inline(always)]
+fn weigh_dims<P: Product, D: Pages<P>, const M: usize, const T: usize>(
+    tile: &Tile<D::Number>,
+    tokens: (usize, usize),
+    dims: Range<usize>,
+    (weights, decay): (&mut [[f32; SCORES]; M], &[f32; M]),
+    outputs: &mut [f32],
+) {
+    for weights in weights.iter_mut() {
+        P::pack(weights.as_chunks_mut::<32>().0);
+    }
+    for d in dims.step_by(T * LANES) {
+        weigh_values::<P, D, M, T>(tile, tokens, d, (weights, decay), outputs);
+    }
 }
 
 /// `outputs[..][d..] = outputs * decay + weights · values` for `T` vectors of dimensions. Weights are

@@ -206,6 +206,8 @@ pub(crate) unsafe trait Zero: Copy + Default {}
 unsafe impl Zero for f32 {}
 // SAFETY: an integer.
 unsafe impl Zero for u16 {}
+// SAFETY: an integer.
+unsafe impl Zero for i16 {}
 
 /// Bytes that memory brings at once.
 pub(super) const CACHE_LINE: usize = 64;

@@ -11,6 +11,7 @@ mod linear;
 mod memory;
 mod memory_limit;
 mod pack;
+mod page;
 mod pool;
 mod product;
 mod rope;
@@ -29,7 +30,9 @@ pub(crate) use linear::linear;
 pub(crate) use memory::untouched_zeros;
 pub(crate) use memory_limit::memory_limit;
 pub(crate) use pack::{Packed, pack};
-pub(crate) use rope::{Rope, rope, write_pages};
+pub(crate) use page::{PageElement, bytes, bytes_mut, write_pages};
+
+pub(crate) use rope::{Rope, rope};
 pub(crate) use rows::{add_rms_norm, gated_silu, rms_norm, sigmoid_gate};
 pub(crate) use tier::Tier;
 
