@@ -127,7 +127,9 @@ pub(crate) fn round_like_cache(x: f32, dtype: candle_core::DType) -> f32 {
 pub(crate) fn round_heads(dtype: candle_core::DType) -> (impl Fn(&mut [f32]), impl Fn(&mut [f32])) {
     let int8 = dtype == candle_core::DType::I16;
     let round = move |head: &mut [f32]| {
-        head.iter_mut().for_each(|x| *x = round_like_cache(*x, dtype));
+        for x in head {
+            *x = round_like_cache(*x, dtype);
+        }
     };
     (
         move |head: &mut [f32]| if int8 { reference::round_key_to_int8(head) } else { round(head) },

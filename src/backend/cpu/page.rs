@@ -16,7 +16,8 @@ use crate::config::BLOCK_SIZE;
 pub(super) const GROUP: usize = 32;
 
 /// Spreads what stands out in one of 32 dimensions over all of them, so that it does not make their scale coarse: the
-/// Walsh-Hadamard transform. Done to queries and keys it leaves their products as they are (`QuaRot`, arXiv 2404.00456).
+/// Walsh-Hadamard transform. Done to queries and keys it leaves their products as they are (`QuaRot`,
+/// arXiv 2404.00456).
 pub(super) fn spread(x: &mut [f32]) {
     for group in x.as_chunks_mut::<GROUP>().0 {
         for half in [1, 2, 4, 8, 16] {
