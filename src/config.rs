@@ -53,11 +53,21 @@ pub enum KvCacheDType {
     /// As [`DType`] says.
     #[default]
     Auto,
-    /// Integers of 8 bits, with a scale for 32 of them, as in GGUF's `Q8_0`: 0.53 of bf16. On the CPU.
+    /// Integers of 8 bits, with a scale for 32 of them, as in GGUF's `Q8_0`: 0.53 of bf16 where the size of a head is a
+    /// multiple of 32. On the CPU.
     Int8,
 }
 
 impl KvCacheDType {
+    /// The name that [`Self::parse`] reads.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Int8 => "int8",
+        }
+    }
+
     /// Parses `auto` or `int8`.
     pub fn parse(name: &str) -> Result<Self> {
         match name {

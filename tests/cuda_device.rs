@@ -33,6 +33,17 @@ fn spec() -> ModelSpec {
     checkpoint::load(&fixture("llama")).expect("loads").spec
 }
 
+#[test]
+fn a_gpu_has_no_int8_cache() {
+    let open = |device| {
+        Backend::open(device, Some(1), DType::Auto, KvCacheDType::Int8, &spec())
+            .map(|backend| backend.device_name())
+    };
+    assert_eq!(open(DeviceChoice::Auto).expect("opens"), "cpu");
+    let error = open(DeviceChoice::Cuda).expect_err("is refused");
+    assert!(error.to_string().contains("kv_cache_dtype \"int8\" on a GPU"), "{error}");
+}
+
 fn open(device: DeviceChoice, dtype: DType, spec: &ModelSpec) -> Result<&'static str, Error> {
     Backend::open(device, Some(1), dtype, KvCacheDType::Auto, spec)
         .map(|backend| backend.device_name())

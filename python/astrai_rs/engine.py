@@ -55,7 +55,8 @@ class Engine:
         max_num_seqs: the most sequences in one step.
         max_num_batched_tokens: the most tokens in one step; longer prompts are computed in chunks.
         kv_cache_tokens: size of the cache in tokens; None derives it from memory.
-        kv_cache_dtype: `auto` (as `dtype`), or `int8`: 0.53 of bf16's memory, on the CPU only.
+        kv_cache_dtype: `auto` (as `dtype`), or `int8`: about half of bf16's memory, on the CPU only, which
+            `device="auto"` then is.
         enable_prefix_caching: reuse the cache of equal beginnings of prompts.
         gpu_memory_utilization: share of a GPU's memory for weights, cache and activations.
         num_threads: CPU threads; None takes the CPUs that the process may use.
@@ -309,6 +310,10 @@ class Engine:
     @property
     def dtype(self) -> str:
         return self._core.dtype
+
+    @property
+    def kv_cache_dtype(self) -> str:
+        return self._core.kv_cache_dtype
 
     @property
     def num_threads(self) -> int:

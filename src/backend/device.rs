@@ -59,6 +59,8 @@ impl Backend {
         match device {
             DeviceChoice::Cuda => gpu(),
             DeviceChoice::Cpu => cpu(),
+            // A GPU has no kernels for it.
+            DeviceChoice::Auto if kv_cache == KvCacheDType::Int8 => cpu(),
             DeviceChoice::Auto => match gpu() {
                 Ok(gpu) if gpu.supports(spec).is_ok() => Ok(gpu),
                 _ => cpu(),

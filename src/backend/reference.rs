@@ -186,10 +186,13 @@ pub fn round_key_to_int8(head: &mut [f32]) {
 }
 
 /// What an int8 cache keeps of a head's value: of 32 numbers each, multiples of a 127th of the greatest (as an f16),
-/// as in GGUF's `Q8_0`.
+/// as in GGUF's `Q8_0`. NaN where one is NaN or too large.
 pub fn round_value_to_int8(head: &mut [f32]) {
     for group in head.chunks_mut(32) {
-        let greatest = group.iter().fold(0.0_f32, |greatest, x| greatest.max(x.abs()));
+        let greatest = group
+            .iter()
+            .map(|x| x.abs())
+            .fold(0.0, |greatest: f32, x| if x > greatest || x.is_nan() { x } else { greatest });
         let scale = f16::from_f32(greatest / 127.0).to_f32();
         for x in group {
             let multiple = if scale == 0.0 { 0.0 } else { (*x / scale).round_ties_even() };

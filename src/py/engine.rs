@@ -27,6 +27,7 @@ pub(super) struct Engine {
     handle: EngineHandle,
     device: &'static str,
     dtype: &'static str,
+    kv_cache_dtype: &'static str,
     num_threads: usize,
 }
 
@@ -44,7 +45,7 @@ impl Engine {
         let options = EngineOptions::read(options)?;
         let eos_token_ids = eos_token_ids.clone().unbind();
         py.detach(|| {
-            let dtype = options.dtype.name();
+            let (dtype, kv_cache_dtype) = (options.dtype.name(), options.kv_cache.name());
             let (opened, device) = mpsc::channel();
             let (ids, given_ids) = mpsc::channel();
             let meanwhile = || {
@@ -59,7 +60,7 @@ impl Engine {
             let handle = EngineHandle::start(load, meanwhile, signals)?;
             let died = |_| Error::bug("the engine thread has opened no device");
             let (device, num_threads) = device.recv().map_err(died)?;
-            Ok(Self { handle, device, dtype, num_threads })
+            Ok(Self { handle, device, dtype, kv_cache_dtype, num_threads })
         })
     }
 
@@ -154,6 +155,11 @@ impl Engine {
     #[getter]
     fn dtype(&self) -> &'static str {
         self.dtype
+    }
+
+    #[getter]
+    fn kv_cache_dtype(&self) -> &'static str {
+        self.kv_cache_dtype
     }
 
     #[getter]

@@ -25,7 +25,7 @@ pub(super) struct EngineOptions {
     enable_prefix_caching: bool,
     num_threads: Option<usize>,
     packed_cache: Option<PathBuf>,
-    kv_cache: KvCacheDType,
+    pub(super) kv_cache: KvCacheDType,
     seed: Option<u64>,
 }
 

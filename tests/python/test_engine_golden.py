@@ -63,7 +63,7 @@ def smollm2_errors(**options):
 
 @pytest.mark.parametrize(
     ("options", "mean", "p99"),
-    [({"dtype": "float32"}, 2e-3, 5e-3), ({}, 0.03, 0.15), ({"kv_cache_dtype": "int8"}, 0.04, 0.22)],
+    [({"dtype": "float32"}, 2e-3, 5e-3), ({}, 0.03, 0.15), ({"kv_cache_dtype": "int8"}, 0.045, 0.25)],
 )
 def test_smollm2_logprobs(options, mean, p99):
     errors = sorted(smollm2_errors(**options))

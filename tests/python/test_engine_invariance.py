@@ -97,7 +97,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     [("llama", dtype, "auto") for dtype in ("float32", "auto", "bfloat16", "float16")]
     + [("mistral-swa", dtype, "auto") for dtype in ("float32", "auto")]
     + [("astrai-qknorm-gated", dtype, "auto") for dtype in ("float32", "auto")]
-    + [("llama", "auto", "int8")],
+    + [(model, "auto", "int8") for model in ("llama", "mistral-swa", "astrai-24q4kv")],
 )
 def test_batch_invariance(model: str, dtype: str, kv_cache_dtype: str) -> None:
     requests = random_requests()

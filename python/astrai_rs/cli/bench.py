@@ -199,6 +199,7 @@ def _conditions(engine: Engine, model: str | None) -> dict[str, Any]:
         "model_id": model_name(model),
         "device": engine.device,
         "dtype": engine.dtype,
+        "kv_cache_dtype": engine.kv_cache_dtype,
         "num_threads": engine.num_threads,
         "simd": info["tier"],
         "machine": platform.machine(),

@@ -40,7 +40,7 @@ def fail(message: str, code: int) -> NoReturn:
 def _engine_options(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
-    kv_cache_dtype: Annotated[str, typer.Option(help="auto, or int8: half the memory, on the CPU.")] = "auto",
+    kv_cache_dtype: Annotated[str, typer.Option(help="auto, or int8: half the memory; CPU only.")] = "auto",
     num_threads: Annotated[
         int | None, typer.Option("--threads", help="CPU threads; default: all that the process may use.")
     ] = None,

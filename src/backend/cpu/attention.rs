@@ -14,7 +14,7 @@ use super::attention_pages::{Numbers, Pages, Scratch, Widened};
 use super::attention_tile::{Block, PAGES, State, Tile};
 use super::lanes::{LANES, Lanes};
 use super::memory::{CACHE_LINE, Shared, prefetch, written_by};
-use super::page::{PageElement, spread};
+use super::page::PageElement;
 #[cfg(target_arch = "x86_64")]
 use super::product::PairProduct;
 use super::product::{self, Exact, Product, ProductKernel};
@@ -174,13 +174,7 @@ impl<E: PageElement> Attention<'_, E> {
                 let row = task.rows.start + (first + slot) / group;
                 let head = task.kv_head * group + (first + slot) % group;
                 let query = &self.qkv[row * self.width + head * dim..][..dim];
-                if E::SCALED {
-                    let mut query = query.to_vec();
-                    spread(&mut query);
-                    block.set::<P>(slot, &query, self.op.scale, self.seen(row));
-                } else {
-                    block.set::<P>(slot, query, self.op.scale, self.seen(row));
-                }
+                block.set::<P>(slot, (query, E::SCALED), self.op.scale, self.seen(row));
             }
             blocks.push(block);
         }

@@ -14,7 +14,7 @@ use half::f16;
 use super::attention::TILE;
 use super::attention_pages::Pages;
 use super::lanes::{LANES, Lanes, array_of};
-use super::page::GROUP;
+use super::page::{GROUP, hadamard};
 use super::product::Product;
 use crate::config::BLOCK_SIZE;
 
@@ -45,11 +45,12 @@ impl Block {
         Self { first, m, queries: vec![0; m * steps], seen: [none; 8], bounds: none }
     }
 
+    /// `transformed`: as the keys are, which are multiples of scales.
     #[inline(always)]
     pub(super) fn set<P: Product>(
         &mut self,
         slot: usize,
-        query: &[f32],
+        (query, transformed): (&[f32], bool),
         scale: f32,
         seen: (usize, usize),
     ) {
@@ -58,6 +59,9 @@ impl Block {
             let mut numbers = [[0.0; 32]];
             for (number, &q) in numbers[0].iter_mut().zip(query) {
                 *number = q * scale;
+            }
+            if transformed {
+                hadamard(&mut numbers[0][..query.len()]);
             }
             for part in 0..P::PARTS {
                 let mut packed = numbers;
@@ -82,8 +86,8 @@ pub(super) struct Tile<E> {
     pub(super) valid: usize,
     /// Keys `[dim][16]` and values `[16][row]` of each page.
     pub(super) pages: [(*const E, *const E); PAGES],
-    /// Scales `[dim / 32][16]` of each page's keys and values, where numbers are multiples of them. These stay
-    /// integers, exact in every type: scores are scaled, and weights before they meet values.
+    /// Scales `[dim / 32][16]` of each page's keys and values, where numbers are multiples of them. Numbers
+    /// stay integers, exact in every type: scores are scaled, and weights before they meet values.
     pub(super) scales: [(*const f16, *const f16); PAGES],
     /// Distance of two tokens' values.
     pub(super) row: usize,
@@ -168,13 +172,7 @@ impl State {
             for page in pages.0..pages.1 {
                 // SAFETY: a page has scales of each group.
                 let scale = unsafe { P::L::load_f16(tile.scales[page].1.add(group * LANES)) };
-                for weights in &mut weights {
-                    let weights = &mut weights[page * LANES..][..LANES];
-                    // SAFETY: 16 values.
-                    unsafe {
-                        P::L::load(weights.as_ptr()).mul(scale).store(weights.as_mut_ptr());
-                    }
-                }
+                scale_page(&mut weights, page, scale);
             }
             let dims = first..(first + GROUP).min(padded);
             weigh_dims::<P, D, M, T>(tile, tokens, dims, (&mut weights, &decay), outputs);
@@ -249,14 +247,18 @@ fn score_pages<P: Product, D: Pages<P>, const M: usize, const T: usize>(
                 }
             }
         }
+        let mut scale = [P::L::splat(1.0); T];
+        if D::SCALED {
+            // SAFETY: a page has scales of each group.
+            scale = unsafe { array_of!(t < T => P::L::load_f16(scales[t].add(group * LANES))) };
+        }
         for (sums, scores) in sums.iter().zip(scores.iter_mut()) {
             for (t, scores) in scores[at..].chunks_exact_mut(LANES).take(T).enumerate() {
-                // SAFETY: a chunk is 16 values, and a page has as many scales of each group.
+                // SAFETY: a chunk is 16 values.
                 unsafe {
                     let mut score = sums[t];
                     if D::SCALED {
-                        let scale = P::L::load_f16(scales[t].add(group * LANES));
-                        score = score.fma(scale, P::L::load(scores.as_ptr()));
+                        score = score.fma(scale[t], P::L::load(scores.as_ptr()));
                     }
                     score.store(scores.as_mut_ptr());
                 }
@@ -377,6 +379,16 @@ fn softmax<L: Lanes, const M: usize>(
         }
     }
     std::array::from_fn(|slot| changes[slot])
+}
+
+/// Multiplies the weights of a page's tokens.
+#[inline(always)]
+fn scale_page<L: Lanes, const M: usize>(weights: &mut [[f32; SCORES]; M], page: usize, scale: L) {
+    for weights in weights {
+        let weights = &mut weights[page * LANES..][..LANES];
+        // SAFETY: 16 values.
+        unsafe { L::load(weights.as_ptr()).mul(scale).store(weights.as_mut_ptr()) };
+    }
 }
 
 /// [`weigh_values`] of the dimensions `dims`, a multiple of `T` vectors.

@@ -10,6 +10,8 @@ mod lanes;
 mod linear;
 mod memory;
 mod memory_limit;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod pack;
 mod page;
 mod pool;
@@ -31,7 +33,6 @@ pub(crate) use memory::untouched_zeros;
 pub(crate) use memory_limit::memory_limit;
 pub(crate) use pack::{Packed, pack};
 pub(crate) use page::{PageElement, bytes, bytes_mut, write_pages};
-
 pub(crate) use rope::{Rope, rope};
 pub(crate) use rows::{add_rms_norm, gated_silu, rms_norm, sigmoid_gate};
 pub(crate) use tier::Tier;
@@ -116,7 +117,9 @@ impl Cpu {
             (_, Encoding::F32 | Encoding::F16) => Arithmetic::Exact,
             (Tier::Avx512Bf16, _) => Arithmetic::Pairs,
             // Without VNNI a wide machine multiplies as many f32 as pairs of integers.
-            (Tier::Portable | Tier::Avx512, _) | (_, Encoding::BF16) => Arithmetic::Exact,
+            (Tier::Portable | Tier::Neon | Tier::Avx512, _) | (_, Encoding::BF16) => {
+                Arithmetic::Exact
+            }
             (_, Encoding::Q4_0 | Encoding::Q4_1 | Encoding::Q8_0) => Arithmetic::Integers,
         }
     }

@@ -1,7 +1,7 @@
 //! Pages of the cache: what they hold, and the writing of keys and values to them.
 //!
 //! A page has, for each key/value head, keys `[dim][16 tokens]` or values `[token][dim]`. Where they are int8, scales
-//! follow, of 32 numbers of a token each, as in GGUF's `Q8_0`: `[dim / 32][16 tokens]` f16. Keys are [`spread`] before.
+//! follow, of 32 numbers of a token each, as in GGUF's `Q8_0`: `[dim / 32][16 tokens]` f16. Keys are transformed first ([`hadamard`]).
 #![allow(unsafe_code)] // Threads write disjoint lanes of the pages.
 
 use half::{bf16, f16};
@@ -18,7 +18,7 @@ pub(super) const GROUP: usize = 32;
 /// Spreads what stands out in one of 32 dimensions over all of them, so that it does not make their scale coarse: the
 /// Walsh-Hadamard transform. Done to queries and keys it leaves their products as they are (`QuaRot`,
 /// arXiv 2404.00456).
-pub(super) fn spread(x: &mut [f32]) {
+pub(super) fn hadamard(x: &mut [f32]) {
     for group in x.as_chunks_mut::<GROUP>().0 {
         for half in [1, 2, 4, 8, 16] {
             for pair in group.chunks_exact_mut(2 * half) {
@@ -39,13 +39,13 @@ pub(crate) trait PageElement: Element + Send + Sync {
     /// Whether they are multiples of a scale.
     const SCALED: bool = false;
 
-    /// A scale for these numbers.
+    /// A scale for these numbers; infinite or NaN, as then are all multiples of it, where one is NaN or above 8.3 million.
     #[inline(always)]
     fn scale(_: &[f32]) -> f16 {
         f16::ONE
     }
     /// `x` in multiples of the scale.
-    fn narrow(x: f32, scale: f32) -> Self;
+    fn quantize(x: f32, scale: f32) -> Self;
 
     /// Numbers that the keys, or the values, of a head take in a page, scales included.
     #[inline(always)]
@@ -56,11 +56,11 @@ pub(crate) trait PageElement: Element + Send + Sync {
 }
 
 macro_rules! page_element {
-    ($type:ty, $x:ident => $narrow:expr) => {
+    ($type:ty, $x:ident => $quantize:expr) => {
         impl PageElement for $type {
             #[inline(always)]
-            fn narrow($x: f32, _: f32) -> Self {
-                $narrow
+            fn quantize($x: f32, _: f32) -> Self {
+                $quantize
             }
         }
     };
@@ -74,10 +74,12 @@ impl PageElement for i8 {
 
     #[inline(always)]
     fn scale(x: &[f32]) -> f16 {
-        f16::from_f32(x.iter().fold(0.0, |greatest: f32, x| greatest.max(x.abs())) / 127.0)
+        // As bits: NaN has the greatest.
+        let greatest = x.iter().fold(0, |greatest: u32, x| greatest.max(x.abs().to_bits()));
+        f16::from_f32(f32::from_bits(greatest) / 127.0)
     }
     #[inline(always)]
-    fn narrow(x: f32, scale: f32) -> Self {
+    fn quantize(x: f32, scale: f32) -> Self {
         const MAGIC: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer.
         (x / scale + MAGIC - MAGIC).clamp(-127.0, 127.0) as Self
     }
@@ -153,20 +155,27 @@ impl PageLanes {
                 let at = (block * num_kv_heads + self.head) * head_len;
                 let key = &qkv[row * width + (num_heads + self.head) * head_dim + self.dims..];
                 let (mut key, value) = (&key[..self.count], &key[num_kv_heads * head_dim..]);
-                let mut even = [0.0; GROUP];
+                let mut transformed = [0.0; GROUP];
                 if E::SCALED {
-                    let even = &mut even[..self.count];
-                    even.copy_from_slice(key);
-                    spread(even);
-                    key = even;
+                    let transformed = &mut transformed[..self.count];
+                    transformed.copy_from_slice(key);
+                    hadamard(transformed);
+                    key = transformed;
                 }
-                let (key_at, value_at) =
-                    (at + self.dims * BLOCK_SIZE + token, at + token * head_dim + self.dims);
+                let value = &value[..self.count];
                 let scale_at = at + head_dim * BLOCK_SIZE + self.scale(token);
-                // SAFETY: by the caller's contract: the numbers, and their scales, are within the head's part.
+                // SAFETY: by the caller's contract; `at` and the length of a head bound each access.
                 unsafe {
-                    write_numbers(key, keys, (key_at, BLOCK_SIZE), scale_at);
-                    write_numbers(&value[..self.count], values, (value_at, 1), scale_at);
+                    let scale = write_scale(value, values, scale_at);
+                    let values = values.part(at + token * head_dim + self.dims, self.count);
+                    for (to, &x) in values.iter_mut().zip(value) {
+                        *to = E::quantize(x, scale);
+                    }
+                    let scale = write_scale(key, keys, scale_at);
+                    for (d, &x) in key.iter().enumerate() {
+                        let to = keys.at(at + (self.dims + d) * BLOCK_SIZE + token);
+                        to.write(E::quantize(x, scale));
+                    }
                 }
             }
         }
@@ -178,25 +187,47 @@ impl PageLanes {
     }
 }
 
-/// Writes `x` from `at` on, `stride` apart, and its scale, where it has one, to `scale_at`.
+/// Writes the scale of `x`, where numbers have one, to `at`, and returns it.
 ///
 /// # Safety
-/// All that is within `to`, and nobody else touches it.
+/// It is within `to`, and nobody else touches it.
 #[inline(always)]
-unsafe fn write_numbers<E: PageElement>(
-    x: &[f32],
-    to: Shared<E>,
-    (at, stride): (usize, usize),
-    scale_at: usize,
-) {
+unsafe fn write_scale<E: PageElement>(x: &[f32], to: Shared<E>, at: usize) -> f32 {
+    if !E::SCALED {
+        return 1.0;
+    }
     let scale = E::scale(x);
     // SAFETY: the caller's contract.
-    unsafe {
-        for (i, &x) in x.iter().enumerate() {
-            to.at(at + i * stride).write(E::narrow(x, scale.to_f32()));
-        }
-        if E::SCALED {
-            to.at(scale_at).cast::<f16>().write_unaligned(scale);
+    unsafe { to.at(at).cast::<f16>().write_unaligned(scale) };
+    scale.to_f32()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_stands_out_is_spread_and_products_stay() {
+        let mut key = [0.25; GROUP];
+        key[7] = 40.0;
+        let mut query: [f32; GROUP] = std::array::from_fn(|i| 0.1 * i as f32 - 1.0);
+        let product = |a: &[f32], b: &[f32]| -> f32 { a.iter().zip(b).map(|(a, b)| a * b).sum() };
+        let before = product(&query, &key);
+        hadamard(&mut key);
+        hadamard(&mut query);
+        assert!((product(&query, &key) - before).abs() < 1e-3);
+        assert!(key.iter().all(|x| x.abs() < 9.0), "{key:?}");
+    }
+
+    #[test]
+    fn scales_of_int8_take_all_numbers_in() {
+        assert_eq!(i8::scale(&[0.0; 3]), f16::ZERO);
+        assert_eq!((i8::quantize(0.0, 0.0), i8::quantize(-0.0, 0.0)), (0, 0));
+        assert_eq!(i8::scale(&[1.0, -254.0, 3.0]), f16::from_f32(2.0));
+        assert_eq!([-254.0, 253.0, 3.0].map(|x| i8::quantize(x, 2.0)), [-127, 126, 2]);
+        for broken in [f32::NAN, -f32::NAN, f32::INFINITY, 1e9] {
+            let scale = i8::scale(&[1.0, broken, 2.0]).to_f32();
+            assert!((f32::from(i8::quantize(1.0, scale)) * scale).is_nan(), "{broken} is hidden");
         }
     }
 }

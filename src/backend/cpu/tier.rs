@@ -2,6 +2,8 @@
 #![allow(unsafe_code)] // Calls of `#[target_feature]` functions, after detection.
 
 use super::lanes::{Lanes, Portable};
+#[cfg(target_arch = "aarch64")]
+use super::neon::Neon;
 #[cfg(target_arch = "x86_64")]
 use super::x86::{Avx2, Avx512};
 use crate::error::{Error, Result};
@@ -11,6 +13,8 @@ use crate::error::{Error, Result};
 pub(crate) enum Tier {
     /// Any CPU.
     Portable,
+    /// NEON, with every 64-bit ARM.
+    Neon,
     /// AVX2, FMA and F16C.
     Avx2,
     /// The same with AVX-VNNI, which multiplies 16-bit integers and adds at once.
@@ -31,8 +35,9 @@ pub(super) trait Kernel {
 
 impl Tier {
     /// All tiers, slowest first.
-    pub(crate) const ALL: [Self; 6] = [
+    pub(crate) const ALL: [Self; 7] = [
         Self::Portable,
+        Self::Neon,
         Self::Avx2,
         Self::AvxVnni,
         Self::Avx512,
@@ -48,6 +53,7 @@ impl Tier {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Portable => "portable",
+            Self::Neon => "neon",
             Self::Avx2 => "avx2",
             Self::AvxVnni => "avxvnni",
             Self::Avx512 => "avx512",
@@ -83,6 +89,7 @@ impl Tier {
             && is_x86_feature_detected!("avx512vl");
         match self {
             Self::Portable => true,
+            Self::Neon => false,
             Self::Avx2 => avx2,
             Self::AvxVnni => avx2 && is_x86_feature_detected!("avxvnni"),
             Self::Avx512 => avx512,
@@ -93,7 +100,7 @@ impl Tier {
 
     #[cfg(not(target_arch = "x86_64"))]
     pub(crate) fn is_present(self) -> bool {
-        self == Self::Portable
+        self == Self::Portable || (self == Self::Neon && cfg!(target_arch = "aarch64"))
     }
 
     /// Runs `kernel` with the tier's lanes and instructions.
@@ -105,6 +112,8 @@ impl Tier {
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 | Self::AvxVnni => unsafe { run_avx2(kernel) },
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => kernel.run::<Neon>(),
             _ => kernel.run::<Portable>(),
         }
     }
