@@ -15,7 +15,7 @@ CUDA := CUDA_HOME=$(CUDA_HOME) NVCC=$(CUDA_HOME)/bin/nvcc CUDA_COMPUTE_CAP=80 CU
 KIT := dist/gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help run test conformance ray docs test-rust test-python test-cuda lint lint-cuda fmt bench wheel wheel-cuda \
+.PHONY: help run test conformance ray docs test-rust test-python test-cuda test-arm lint lint-cuda fmt bench wheel wheel-cuda \
 	kit-gpu test-gpu sanitize-gpu bench-gpu check-gpu develop clean
 
 help: ## List the targets
@@ -53,6 +53,13 @@ $(TOOLKIT)/bin/nvcc:
 
 test-cuda: $(CUDA_HOME)/bin/nvcc ## The CUDA kernels and models on an emulated GPU (compiles for 10 minutes at first)
 	$(CUDA) cargo $(CARGO_TEST) --features cuda-emulator --test cuda --test cuda_device --test cuda_faults --test cuda_model
+
+ARM := aarch64-unknown-linux-gnu
+test-arm: ## 64-bit ARM's kernels and models under QEMU (needs rustup, qemu-user, gcc-aarch64-linux-gnu)
+	rustup target add $(ARM)
+	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc \
+		CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu" \
+		cargo test --target $(ARM) --test backend --test golden
 
 conformance: develop ## Large real clients and a browser against the server (installs about 1 GB into .venv-conformance)
 	$(PYTHON) -m venv $(VENV)-conformance
