@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, overload
 
 from astrai_rs import _core
+from astrai_rs.codec import Codec, load_tokenizer, stop_ids
 from astrai_rs.dispatch import Dispatcher
 from astrai_rs.grammar import Grammars
 from astrai_rs.model import resolve
@@ -93,18 +94,18 @@ class Engine:
         path = resolve(model)
         self.tokenizer: Any = None
         """The `AutoTokenizer` (or the object given as `tokenizer`); None without one."""
-        stop_ids: list[int] = []
+        eos_token_ids: list[int] = []
 
-        def load_tokenizer() -> list[int]:
-            self.tokenizer = _load_tokenizer(path, tokenizer)
-            stop_ids.extend(_stop_ids(self.tokenizer))
+        def load_eos_token_ids() -> list[int]:
+            self.tokenizer = load_tokenizer(path, tokenizer)
+            eos_token_ids.extend(stop_ids(self.tokenizer))
             if tokenizer is not None or self.tokenizer is None:
-                stop_ids.extend(i for i in model_stop_ids(path) if i not in stop_ids)
-            return stop_ids
+                eos_token_ids.extend(i for i in model_stop_ids(path) if i not in eos_token_ids)
+            return eos_token_ids
 
         self._core = _core.Engine(
             str(path),
-            load_tokenizer,  # while the core packs the weights
+            load_eos_token_ids,  # while the core packs the weights
             device=device,
             dtype=dtype,
             max_model_len=max_model_len,
@@ -118,8 +119,8 @@ class Engine:
             packed_cache=_folder(packed_cache),
             seed=seed,
         )
-        self._codec = _codec(self.tokenizer)
-        self._grammars = Grammars(self.tokenizer, stop_ids, self._core.vocab_size)
+        self._codec = None if self.tokenizer is None else Codec(self.tokenizer)
+        self._grammars = Grammars(self.tokenizer, eos_token_ids, self._core.vocab_size)
         self._dispatcher = Dispatcher(self._core)
         # Runs when the engine is dropped and at interpreter exit, whichever comes first.
         self._finalizer = weakref.finalize(self, self._dispatcher.close)
@@ -367,7 +368,9 @@ class Engine:
         if params.max_tokens is None:
             arguments["max_tokens"] = max(1, self.max_model_len - len(ids))
         if params.bad_words:
-            arguments["bad_words"] = self._bad_word_ids(params.bad_words)
+            if self._codec is None:
+                raise ValueError("bad_words need a tokenizer, and this model has none")
+            arguments["bad_words"] = self._codec.bad_word_ids(params.bad_words)
         if params.structured_outputs is not None:
             arguments["grammar"] = self._grammars.compile(
                 StructuredOutputsParams.of(params.structured_outputs)
@@ -382,101 +385,12 @@ class Engine:
             raise ValueError("a text prompt needs a tokenizer, and this model has none; pass token ids")
         return self._codec.encode(prompt)
 
-    def _bad_word_ids(self, words: Iterable[str]) -> list[list[int]]:
-        """Each word at the start of text, and after a space where that gives as many ids."""
-        if self._codec is None:
-            raise ValueError("bad_words need a tokenizer, and this model has none")
-        found = []
-        for word in words:
-            bare = self._codec.encode_word(word.lstrip())
-            spaced = self._codec.encode_word(" " + word.lstrip())
-            found.append(bare)
-            if len(spaced) == len(bare) and spaced[0] != bare[0]:
-                found.append(spaced)
-        return found
-
-
-def _load_tokenizer(path: Path, tokenizer: Any) -> Any:
-    """The tokenizer to use for a model at `path`; None if it has none."""
-    if isinstance(tokenizer, (str, Path)):
-        return AutoTokenizer.from_pretrained(tokenizer)
-    if tokenizer is not None:
-        for name in ("encode", "decode"):
-            if not callable(getattr(tokenizer, name, None)):
-                raise TypeError(
-                    f"tokenizer must have encode and decode; {type(tokenizer).__name__} has no {name}"
-                )
-        return tokenizer
-    if path.suffix == ".gguf":
-        return AutoTokenizer.from_gguf(path)
-    if (path / "tokenizer.json").exists() or (path / "tokenizer.model").exists():
-        return AutoTokenizer.from_pretrained(path)
-    return None
-
 
 def _folder(given: str | Path | None) -> str | Path | None:
     """With the home for `~`. What is no path is for the core to refuse."""
     if given == "":
         raise ValueError("packed_cache must not be empty")
     return Path(given).expanduser() if isinstance(given, str | Path) else given
-
-
-def _stop_ids(tokenizer: Any) -> list[int]:
-    if isinstance(tokenizer, AutoTokenizer):
-        return tokenizer.stop_ids
-    ids = getattr(tokenizer, "eos_token_id", None)
-    if ids is None:
-        return []
-    return [ids] if isinstance(ids, int) else list(ids)
-
-
-class _Codec:
-    """Any tokenizer as the engine uses it."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._texts: dict[int, str] = {}
-
-    def encode(self, text: str) -> list[int]:
-        return self._ids(self._tokenizer.encode(text))
-
-    def encode_word(self, text: str) -> list[int]:
-        """Without a begin token. A tokenizer whose encode takes only the text is taken as it is."""
-        try:
-            return self._ids(self._tokenizer.encode(text, add_special_tokens=False))
-        except TypeError:
-            return self.encode(text)
-
-    def chat(self, messages: Sequence[Any], options: Mapping[str, Any]) -> list[int]:
-        """The ids of a conversation. Other tokenizers render text: what they give as ids differs in form."""
-        template = getattr(self._tokenizer, "apply_chat_template", None)
-        if template is None:
-            raise ValueError(
-                "chat needs a tokenizer with a chat template; this one has no apply_chat_template"
-            )
-        if isinstance(self._tokenizer, AutoTokenizer):
-            return check_ids("a prompt", template(messages, **options))
-        return self.encode_word(template(messages, tokenize=False, **options))
-
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        try:
-            return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
-        except TypeError:
-            return str(self._tokenizer.decode(ids))
-
-    def id_to_text(self, token_id: int) -> str:
-        text = self._texts.get(token_id)
-        if text is None:
-            text = self._texts[token_id] = self.decode([token_id], False)
-        return text
-
-    @staticmethod
-    def _ids(encoded: Any) -> list[int]:
-        return check_ids("the tokenizer's encode", getattr(encoded, "ids", encoded))
-
-
-def _codec(tokenizer: Any) -> _Codec | None:
-    return None if tokenizer is None else _Codec(tokenizer)
 
 
 def _as_list(prompts: Any) -> tuple[bool, list[Prompt]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from astrai_rs._core import CheckpointError, EngineClosed
 from astrai_rs.detokenizer import Detokenizer, StopMatcher
@@ -20,14 +20,7 @@ from astrai_rs.request import (
 
 if TYPE_CHECKING:
     from astrai_rs._core import Event
-
-
-class TextCodec(Protocol):
-    """What the engine needs of a tokenizer."""
-
-    def encode(self, text: str, /) -> list[int]: ...
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str: ...
-    def id_to_text(self, token_id: int) -> str: ...
+    from astrai_rs.codec import Codec
 
 
 StopSample = Callable[[int, int], None]
@@ -42,7 +35,7 @@ class Request:
         prompt: str | None,
         prompt_token_ids: list[int],
         params: SamplingParams,
-        codec: TextCodec | None,
+        codec: Codec | None,
         stop_sample: StopSample,
     ) -> None:
         self.id = -1
@@ -112,9 +105,7 @@ class Request:
 class _Sample:
     """One of a request's samples."""
 
-    def __init__(
-        self, index: int, prompt: list[int], params: SamplingParams, codec: TextCodec | None
-    ) -> None:
+    def __init__(self, index: int, prompt: list[int], params: SamplingParams, codec: Codec | None) -> None:
         self.index = index
         self.finish_reason: str | None = None
         self.metrics: RequestMetrics | None = None
