@@ -1,7 +1,8 @@
 //! Pages of the cache: what they hold, and the writing of keys and values to them.
 //!
 //! A page has, for each key/value head, keys `[dim][16 tokens]` or values `[token][dim]`. Where they are int8, scales
-//! follow, of 32 numbers of a token each, as in GGUF's `Q8_0`: `[dim / 32][16 tokens]` f16. Keys are transformed first ([`hadamard`]).
+//! follow, of 32 numbers of a token each, as in GGUF's `Q8_0`: `[dim / 32][16 tokens]` f16. Keys are transformed
+//! first ([`hadamard`]).
 #![allow(unsafe_code)] // Threads write disjoint lanes of the pages.
 
 use half::{bf16, f16};
@@ -39,7 +40,7 @@ pub(crate) trait PageElement: Element + Send + Sync {
     /// Whether they are multiples of a scale.
     const SCALED: bool = false;
 
-    /// A scale for these numbers; infinite or NaN, as then are all multiples of it, where one is NaN or above 8.3 million.
+    /// A scale for these numbers. Where one of them is NaN or above 8.3 million it is NaN or infinite, and all are NaN.
     #[inline(always)]
     fn scale(_: &[f32]) -> f16 {
         f16::ONE
