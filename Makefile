@@ -15,8 +15,8 @@ CUDA := CUDA_HOME=$(CUDA_HOME) NVCC=$(CUDA_HOME)/bin/nvcc CUDA_COMPUTE_CAP=80 CU
 KIT := dist/gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help run test conformance ray docs test-rust test-python test-cuda test-arm lint lint-cuda fmt bench wheel wheel-cuda \
-	kit-gpu test-gpu sanitize-gpu bench-gpu check-gpu develop clean
+.PHONY: help run test conformance ray docs test-rust test-python test-cuda test-arm lint lint-cuda fmt bench wheel \
+	wheel-cuda kit-gpu test-gpu sanitize-gpu bench-gpu check-gpu develop clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'

@@ -39,8 +39,8 @@
 //! 4. **Names are canonical past the checkpoint.** No format flag survives loading.
 //! 5. **Every op has a reference version**, [`backend::reference`], and it is the specification.
 //! 6. **Only `py` names `PyO3`**; the crate builds, tests and benches without Python.
-//! 7. **Only `checkpoint` reads and writes files** (but for the system's memory limit); **unsafe lives only in `backend`'s kernels
-//!    and the one mmap.**
+//! 7. **Only `checkpoint` reads and writes files** (but for the system's memory limit); **unsafe lives only in
+//!    `backend`'s kernels and the one mmap.**
 //! 8. **The engine thread owns all mutable state**; others send commands and receive events.
 //! 9. **Nothing is guessed silently.** What is missing, unknown, misshapen or unsupported is an error
 //!    that names it, what was given and what is allowed.

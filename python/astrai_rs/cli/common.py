@@ -52,17 +52,19 @@ def _engine_options(
     """The options of every command that opens an engine."""
 
 
+_ENGINE_OPTIONS = signature(_engine_options, eval_str=True).parameters
+
+
 def takes_engine_options(command: Callable[..., None]) -> Callable[..., None]:
     """Gives a command the options of an engine, in its last parameter: `options`."""
-    shared = signature(_engine_options, eval_str=True).parameters
 
     @wraps(command)
     def run(**given: Any) -> None:
-        options = {name: given.pop(name) for name in shared}
+        options = {name: given.pop(name) for name in _ENGINE_OPTIONS}
         command(**given, options=options)
 
     own = signature(command, eval_str=True).parameters.values()
-    parameters = [*(each for each in own if each.name != "options"), *shared.values()]
+    parameters = [*(each for each in own if each.name != "options"), *_ENGINE_OPTIONS.values()]
     run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {each.name: each.annotation for each in parameters}
     return run

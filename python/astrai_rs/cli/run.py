@@ -74,10 +74,7 @@ def run(
         lines = read_jsonl(input, params)
         # Opened first: a wrong path must not cost the answers.
         sink = output.open("w", encoding="utf-8") if output is not None else nullcontext(sys.stdout)
-        with (
-            sink as file,
-            open_engine(model, options) as engine,
-        ):
+        with sink as file, open_engine(model, options) as engine:
             if not run_batch(engine, lines, file, raw=raw):
                 raise typer.Exit(FAILED)
         return
