@@ -154,6 +154,7 @@ fn main() {
     };
     let token_bytes = spec.num_layers * backend.kv_bytes_per_token(heads);
     let (weight_bytes, max_positions) = (read_in_a_step(&checkpoint), spec.max_positions);
+    let (macs, encoding) = multiplied_per_token(&checkpoint);
     let limits = limits::Limits::measure(&backend);
     limits.print();
     let begin = Instant::now();
@@ -169,8 +170,8 @@ fn main() {
     let prefills = [512, 2048, 4096].map(|len| (format!("prefill {len}"), 1, 0, len));
     let batches = [1, 2, 4, 8, 16, 32, 64]
         .map(|count| (format!("decode batch {count}, context 128"), count, 128, 1));
-    let contexts = [512, 1024, 2048, 4096, 8192]
-        .map(|start| (format!("decode batch 1, context {start}"), 1, start, 1));
+    let contexts = [(1, 512), (1, 1024), (1, 2048), (1, 4096), (1, 8192), (8, 1024)]
+        .map(|(count, start)| (format!("decode batch {count}, context {start}"), count, start, 1));
     let mut figures = serde_json::Map::new();
     let all = prefills.into_iter().chain(batches).chain(contexts);
     let fits = |start, len| start + len <= max_positions;
@@ -179,10 +180,13 @@ fn main() {
     {
         let rate = rate(&mut runner, count, start, len);
         let share = rate * (weight_bytes + start * token_bytes) as f64 * 1e-9 / limits.memory;
-        let note = if (count, len) == (1, 1) {
-            format!("  {share:.2} of the memory's rate")
-        } else {
-            String::new()
+        let products = limits.products(encoding);
+        let note = match (count, len, products) {
+            (1, 1, _) => format!("  {share:.2} of the memory's rate"),
+            (1, _, Some(limit)) => {
+                format!("  {:.2} of the arithmetic's, in projections", rate * macs * 1e-9 / limit)
+            }
+            _ => String::new(),
         };
         println!("{label:32} {rate:9.1} tok/s{note}");
         figures.insert(label, rate.into());
@@ -198,4 +202,15 @@ fn read_in_a_step(checkpoint: &Checkpoint) -> usize {
         tensor.encoding.bytes_for(tensor.rows() * tensor.cols()).expect("whole blocks")
     });
     bytes.sum()
+}
+
+/// Products that the layers' projections take for a token, and how most of their weights are stored.
+fn multiplied_per_token(checkpoint: &Checkpoint) -> (f64, Encoding) {
+    let layers = || {
+        let layers = checkpoint.weights.iter().filter(|(name, _)| name.starts_with("layers."));
+        layers.map(|(_, tensor)| tensor).filter(|tensor| tensor.shape.len() == 2)
+    };
+    let macs: usize = layers().map(|tensor| tensor.rows() * tensor.cols()).sum();
+    let largest = layers().max_by_key(|tensor| tensor.rows() * tensor.cols());
+    (macs as f64, largest.map_or(Encoding::F32, |tensor| tensor.encoding))
 }

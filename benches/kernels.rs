@@ -83,7 +83,9 @@ fn main() {
     attention(&mut bench);
     rows(&mut bench);
     draw(&mut bench);
-    let limits = serde_json::json!({"memory": limits.memory, "arithmetic": limits.arithmetic});
+    let limits = serde_json::json!({
+        "memory": limits.memory, "arithmetic": limits.arithmetic, "integers": limits.integers
+    });
     let results: serde_json::Map<_, _> = bench.results.into_iter().collect();
     println!("{}", serde_json::json!({"limits": limits, "ops": results}));
 }
@@ -112,8 +114,8 @@ enum Work {
     Memory(usize),
     /// Bytes that caches may hold.
     Bytes(usize),
-    /// Multiplications, each with an addition.
-    Macs(usize),
+    /// Multiplications, each with an addition, at most at this rate.
+    Macs(usize, Option<f64>),
 }
 
 struct Bench {
@@ -148,7 +150,7 @@ impl Bench {
         let (amount, unit, limit) = match work {
             Work::Memory(bytes) => (bytes, "GB/s", Some(self.limits.memory)),
             Work::Bytes(bytes) => (bytes, "GB/s", None),
-            Work::Macs(macs) => (macs, "GMAC/s", self.limits.arithmetic),
+            Work::Macs(macs, limit) => (macs, "GMAC/s", limit),
         };
         let rate = |time: f64| amount as f64 / time * 1e-9;
         let share = limit.map(|limit| rate(median) / limit);
@@ -252,7 +254,7 @@ fn linear(bench: &mut Bench) {
                 let x = bench.activations(&[rows, cols]);
                 let work = match rows {
                     1..=8 => Work::Memory(bytes),
-                    _ => Work::Macs(rows * out * cols),
+                    _ => Work::Macs(rows * out * cols, bench.limits.products(encoding)),
                 };
                 let (backend, mut next) = (bench.backend.clone(), 0);
                 bench.run(&name(rows), work, || {
@@ -291,9 +293,10 @@ fn attention(bench: &mut Bench) {
         let kv = bench.layer_kv(batch.blocks.len());
         let qkv = bench.activations(&[sequences * rows, qkv_width(heads)]);
         let seen = rows * (context - rows) + rows * (rows + 1) / 2;
+        let macs = seen * 2 * heads.num_heads * heads.head_dim;
         let work = match rows {
             1 => Work::Memory(sequences * context * backend.kv_bytes_per_token(heads)),
-            _ => Work::Macs(seen * 2 * heads.num_heads * heads.head_dim),
+            _ => Work::Macs(macs, bench.limits.arithmetic),
         };
         bench.run(&name, work, || {
             black_box(backend.paged_attention(&qkv, heads, op, &kv, &batch).expect("attends"));

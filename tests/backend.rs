@@ -7,7 +7,7 @@ mod backend_support;
 #[path = "backend/linear.rs"]
 mod linear;
 
-use astrai_rs::backend::{AttentionOp, Backend, Batch, Heads, LayerKv, RopeOp, reference};
+use astrai_rs::backend::{AttentionOp, Backend, Batch, Heads, LayerKv, RopeOp, Run, reference};
 use astrai_rs::cache::block::BlockId;
 use astrai_rs::config::{BLOCK_SIZE, DType};
 use astrai_rs::spec::{Activation, QkNorm, RopePairing};
@@ -60,7 +60,7 @@ fn threads_do_not_change_results() {
             // One long decode row, whose spans are shared among the threads.
             let last = Batch {
                 positions: vec![1199],
-                runs: vec![astrai_rs::backend::Run { rows: 0..1, blocks: 0..75 }],
+                runs: vec![Run { rows: 0..1, blocks: 0..75 }],
                 blocks: batch.blocks.clone(),
                 ..Batch::default()
             };
@@ -235,7 +235,7 @@ fn check_attention(
             let row = batch.positions.len();
             batch.positions.extend(start..start + len);
             let rows = row..row + len as usize;
-            batch.runs.push(astrai_rs::backend::Run { rows, blocks: run.blocks.clone() });
+            batch.runs.push(Run { rows, blocks: run.blocks.clone() });
         }
         let rows = batch.positions.len();
         let mut qkv = random.floats(rows * width);
@@ -271,6 +271,7 @@ fn a_row_of_attention_does_not_depend_on_its_batch() {
             (Heads { num_heads: 3, num_kv_heads: 1, head_dim: 64 }, None),
             (Heads { num_heads: 4, num_kv_heads: 2, head_dim: 12 }, Some(600)),
             (Heads { num_heads: 2, num_kv_heads: 1, head_dim: 80 }, None),
+            (Heads { num_heads: 10, num_kv_heads: 2, head_dim: 32 }, None),
             (Heads { num_heads: 1, num_kv_heads: 1, head_dim: 32 }, Some(33)),
         ] {
             check_cuts(&mut random, &backend, heads, window);
@@ -278,7 +279,7 @@ fn a_row_of_attention_does_not_depend_on_its_batch() {
     }
 }
 
-/// One prefill of 1100 tokens; the same rows again in random chunks beside another sequence.
+/// One prefill of 1100 tokens; the same rows again in random chunks beside other sequences.
 fn check_cuts(random: &mut Random, backend: &Backend, heads: Heads, window: Option<usize>) {
     let len = 1100;
     let width = (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim;
@@ -296,15 +297,20 @@ fn check_cuts(random: &mut Random, backend: &Backend, heads: Heads, window: Opti
     let mut start = 0;
     while start < len {
         let chunk = [1, 7, 64, 200, 333][random.below(5)].min(len - start);
-        let other = random.below(20) + 1;
-        // The other sequence has blocks 80 and 81, and rows in front.
-        let mut batch = Batch { blocks: [80, 81].map(BlockId).to_vec(), ..Batch::default() };
-        batch.blocks.extend(&whole.blocks);
-        batch.positions.extend(0..other as u32);
+        // One other sequence of some rows, or many of one, in blocks from 80 on.
+        let others = [vec![random.below(20) + 1], vec![1; 9]][random.below(2)].clone();
+        let mut batch = Batch::default();
+        for (index, &rows) in (0..).zip(&others) {
+            let (row, block) = (batch.positions.len(), batch.blocks.len());
+            batch.positions.extend(0..rows as u32);
+            batch.blocks.extend([80 + 2 * index, 81 + 2 * index].map(BlockId));
+            batch.runs.push(Run { rows: row..row + rows, blocks: block..block + 2 });
+        }
+        let (other, block) = (batch.positions.len(), batch.blocks.len());
         batch.positions.extend(start as u32..(start + chunk) as u32);
-        batch.runs.push(astrai_rs::backend::Run { rows: 0..other, blocks: 0..2 });
-        let rows = other..other + chunk;
-        batch.runs.push(astrai_rs::backend::Run { rows, blocks: 2..batch.blocks.len() });
+        batch.blocks.extend(&whole.blocks);
+        let blocks = block..batch.blocks.len();
+        batch.runs.push(Run { rows: other..other + chunk, blocks });
         let mut part = random.floats(other * width);
         part.extend(&qkv[start * width..(start + chunk) * width]);
         let part = tensor(&part, &[other + chunk, width]);

@@ -5,6 +5,7 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use astrai_rs::backend::Backend;
+use astrai_rs::weights::Encoding;
 use candle_core::Tensor;
 
 /// Bytes that are read, or copied: far more than any cache holds.
@@ -18,22 +19,38 @@ pub(crate) struct Limits {
     pub(crate) memory: f64,
     /// GMAC/s of the instruction that linear layers use; `None` where it is not known.
     pub(crate) arithmetic: Option<f64>,
+    /// The same for quantised weights where they meet integers of 16 bits.
+    pub(crate) integers: Option<f64>,
 }
 
 impl Limits {
     /// The best of several rounds.
     pub(crate) fn measure(backend: &Backend) -> Self {
         if backend.device().is_cuda() {
-            return Self { memory: copied(backend), arithmetic: None };
+            return Self { memory: copied(backend), arithmetic: None, integers: None };
         }
-        let threads = backend.num_threads();
-        Self { memory: read(threads), arithmetic: multiplied(backend.tier(), threads) }
+        let (tier, threads) = (backend.tier(), backend.num_threads());
+        let [arithmetic, integers] = multiplied(tier, threads);
+        Self { memory: read(threads), arithmetic, integers }
+    }
+
+    /// GMAC/s of the instruction that meets such weights.
+    pub(crate) fn products(&self, encoding: Encoding) -> Option<f64> {
+        match encoding {
+            Encoding::Q4_0 | Encoding::Q4_1 | Encoding::Q8_0 => self.integers.or(self.arithmetic),
+            _ => self.arithmetic,
+        }
     }
 
     pub(crate) fn print(&self) {
-        let arithmetic =
-            self.arithmetic.map_or("not known".into(), |rate| format!("{rate:.0} GMAC/s"));
-        println!("limits of this machine: memory {:.1} GB/s, arithmetic {arithmetic}", self.memory);
+        let known = |rate: f64| format!("{rate:.0} GMAC/s");
+        let arithmetic = self.arithmetic.map_or("not known".into(), known);
+        let integers =
+            self.integers.map_or(String::new(), |rate| format!(", of integers {}", known(rate)));
+        println!(
+            "limits of this machine: memory {:.1} GB/s, arithmetic {arithmetic}{integers}",
+            self.memory
+        );
     }
 }
 
@@ -81,44 +98,53 @@ fn sum(numbers: &[u64]) -> u64 {
     sums.iter().fold(0, |all, sum| all.wrapping_add(*sum))
 }
 
+/// Of the numbers that a tier multiplies, and of integers where it has them.
 #[cfg(not(target_arch = "x86_64"))]
-fn multiplied(_tier: &str, _threads: usize) -> Option<f64> {
-    None
+fn multiplied(_tier: &str, _threads: usize) -> [Option<f64>; 2] {
+    [None; 2]
 }
 
+/// Of the numbers that a tier multiplies, and of integers where it has them.
 #[cfg(target_arch = "x86_64")]
-fn multiplied(tier: &str, threads: usize) -> Option<f64> {
+fn multiplied(tier: &str, threads: usize) -> [Option<f64>; 2] {
     const LOOPS: usize = 1 << 24;
-    let (macs, products): (usize, unsafe fn(usize)) = match tier {
-        "avx512bf16" => (x86::BF16_MACS, x86::bf16),
-        "avx512" | "avx512vnni" => (x86::FMA512_MACS, x86::fma512),
-        "avx2" | "avxvnni" => (x86::FMA256_MACS, x86::fma256),
-        _ => return None,
+    type Loop = (usize, unsafe fn(usize));
+    let loops: [Option<Loop>; 2] = match tier {
+        "avx512bf16" => [Some((32, x86::bf16)), None],
+        "avx512vnni" => [Some((16, x86::fma512)), Some((32, x86::dot512))],
+        "avx512" => [Some((16, x86::fma512)), None],
+        "avxvnni" => [Some((8, x86::fma256)), Some((16, x86::dot256))],
+        "avx2" => [Some((8, x86::fma256)), Some((16, x86::multiply_add))],
+        _ => [None; 2],
     };
-    let seconds = fastest(|| {
-        std::thread::scope(|scope| {
-            for _ in 0..threads {
-                // SAFETY: this CPU has what its tier needs.
-                scope.spawn(move || unsafe { products(LOOPS) });
-            }
+    loops.map(|known| {
+        let (macs, products) = known?;
+        let seconds = fastest(|| {
+            std::thread::scope(|scope| {
+                for _ in 0..threads {
+                    // SAFETY: this CPU has what its tier needs.
+                    scope.spawn(move || unsafe { products(LOOPS) });
+                }
+            });
         });
-    });
-    Some((macs * LOOPS * threads) as f64 / seconds * 1e-9)
+        Some((macs * x86::CHAINS * LOOPS * threads) as f64 / seconds * 1e-9)
+    })
 }
 
 /// Loops over independent products, enough of them to hide how long one takes.
 #[cfg(target_arch = "x86_64")]
 mod x86 {
+    use std::arch::asm;
     use std::arch::x86_64::{
-        __m256, __m512, _mm256_fmadd_ps, _mm256_set1_ps, _mm256_setzero_ps, _mm512_cvtne2ps_pbh,
-        _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_set1_ps, _mm512_setzero_ps,
+        __m256, __m256i, __m512, __m512i, _mm256_dpwssd_avx_epi32, _mm256_fmadd_ps,
+        _mm256_set1_epi16, _mm256_set1_ps, _mm256_setzero_ps, _mm256_setzero_si256,
+        _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps, _mm512_dpwssd_epi32, _mm512_fmadd_ps,
+        _mm512_set1_epi16, _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512,
     };
     use std::hint::black_box;
 
-    const CHAINS: usize = 12;
-    pub(super) const BF16_MACS: usize = 32 * CHAINS;
-    pub(super) const FMA512_MACS: usize = 16 * CHAINS;
-    pub(super) const FMA256_MACS: usize = 8 * CHAINS;
+    /// Products of one round of a loop.
+    pub(super) const CHAINS: usize = 12;
 
     macro_rules! peak {
         ($name:ident, $features:literal, $vector:ty, $zero:expr, $input:expr, $product:expr) => {
@@ -147,5 +173,29 @@ mod x86 {
     peak! {
         fma256, "avx2,fma", __m256, _mm256_setzero_ps(), _mm256_set1_ps(1e-3),
         |sum, a, b| _mm256_fmadd_ps(a, b, sum)
+    }
+    peak! {
+        dot512, "avx512f,avx512vnni", __m512i, _mm512_setzero_si512(), _mm512_set1_epi16(3),
+        |sum, a, b| _mm512_dpwssd_epi32(sum, a, b)
+    }
+    peak! {
+        dot256, "avx2,avxvnni", __m256i, _mm256_setzero_si256(), _mm256_set1_epi16(3),
+        |sum, a, b| _mm256_dpwssd_avx_epi32(sum, a, b)
+    }
+    peak! {
+        multiply_add, "avx2", __m256i, _mm256_setzero_si256(), _mm256_set1_epi16(3),
+        |mut sum: __m256i, a: __m256i, b: __m256i| {
+            // As assembly: the product is the same every time, and the compiler would see that.
+            // SAFETY: AVX2, on registers.
+            unsafe {
+                asm!(
+                    "vpmaddwd {product}, {a}, {b}",
+                    "vpaddd {sum}, {sum}, {product}",
+                    product = out(ymm_reg) _, sum = inout(ymm_reg) sum, a = in(ymm_reg) a,
+                    b = in(ymm_reg) b, options(pure, nomem, nostack, preserves_flags)
+                );
+            }
+            sum
+        }
     }
 }

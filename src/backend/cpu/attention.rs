@@ -1,6 +1,6 @@
 //! Paged attention: which rows, heads and spans of the context are computed together, by whom.
 //!
-//! A task is one key/value head and a block of rows of one sequence; [`super::attention_tile`] has
+//! A task is one key/value head, or all, and a block of rows of one sequence; [`super::attention_tile`] has
 //! the arithmetic. The context is cut at fixed positions: into tiles of 64 tokens, which update the
 //! softmax, and spans of 512 tokens, whose results are merged in order. So a row's result does not
 //! depend on how the work is cut; a long context can be shared among the threads span by span.
@@ -11,9 +11,9 @@ use std::ops::Range;
 #[cfg(target_arch = "x86_64")]
 use super::attention_pages::Halves;
 use super::attention_pages::{Numbers, Pages, Scratch, Widened};
-use super::attention_tile::{Block, PAGES, State, Tile};
+use super::attention_tile::{Block, PAGES, State, Tile, TilePages};
 use super::lanes::{LANES, Lanes};
-use super::memory::{CACHE_LINE, Shared, prefetch, written_by};
+use super::memory::{Shared, written_by};
 use super::page::PageElement;
 #[cfg(target_arch = "x86_64")]
 use super::product::PairProduct;
@@ -45,7 +45,7 @@ pub(crate) struct Attention<'a, E> {
 
 /// `[tokens, heads * head_dim]`. The runs of the batch cover all rows, in order.
 pub(crate) fn attention<E: PageElement>(cpu: &Cpu, input: &Attention<'_, E>) -> Vec<f32> {
-    let tasks = input.tasks();
+    let tasks = input.tasks(cpu.threads());
     let spans: usize = tasks.iter().map(|task| task.spans.len()).sum();
     let size = input.batch.positions.len() * input.heads.num_heads * input.heads.head_dim;
     let split = tasks.len() < 4 * cpu.threads() && spans > tasks.len();
@@ -56,12 +56,12 @@ pub(crate) fn attention<E: PageElement>(cpu: &Cpu, input: &Attention<'_, E>) -> 
                 by_span(cpu, input, &tasks, out);
             } else {
                 // Later rows have more to do, so they go first.
-                cpu.pool.run(tasks.len(), &|index| {
-                    let task = &tasks[tasks.len() - 1 - index];
+                let work: Vec<_> =
+                    tasks.iter().rev().map(|task| (task, task.spans.clone())).collect();
+                cpu.pool.run(work.len(), &|index| {
                     let mut state = None;
-                    let spans = task.spans.clone();
-                    input.run(cpu, TaskKernel { input, task, spans, state: &mut state });
-                    input.write(task, &state.expect("a task has a span"), out);
+                    input.run(cpu, TaskKernel::new(cpu, input, &work, index, &mut state));
+                    input.write(work[index].0, &state.expect("a task has a span"), out);
                 });
             }
         })
@@ -75,15 +75,15 @@ fn by_span<E: PageElement>(
     tasks: &[Task<'_>],
     out: Shared<f32>,
 ) {
+    let spans = |task: &Task<'_>| task.spans.clone().map(|span| span..span + 1);
     let work: Vec<_> =
-        tasks.iter().flat_map(|task| task.spans.clone().map(move |span| (task, span))).collect();
+        tasks.iter().flat_map(|task| spans(task).map(move |span| (task, span))).collect();
     let mut states: Vec<Option<State>> = work.iter().map(|_| None).collect();
     let shared = Shared::new(&mut states);
     cpu.pool.run(work.len(), &|index| {
-        let (task, span) = work[index];
         // SAFETY: each index is visited once.
         let state = &mut unsafe { shared.part(index, 1) }[0];
-        input.run(cpu, TaskKernel { input, task, spans: span..span + 1, state });
+        input.run(cpu, TaskKernel::new(cpu, input, &work, index, state));
     });
     let mut states = states.into_iter();
     for task in tasks {
@@ -95,10 +95,10 @@ fn by_span<E: PageElement>(
     }
 }
 
-/// Some rows of a run and one key/value head.
+/// Some rows of a run and some key/value heads.
 struct Task<'a> {
     run: &'a Run,
-    kv_head: usize,
+    kv_heads: Range<usize>,
     rows: Range<usize>,
     /// Spans that the rows see.
     spans: Range<usize>,
@@ -116,7 +116,7 @@ impl<E: PageElement> Attention<'_, E> {
         self.heads.num_heads / self.heads.num_kv_heads
     }
 
-    fn tasks(&self) -> Vec<Task<'_>> {
+    fn tasks(&self, threads: usize) -> Vec<Task<'_>> {
         let step = (QUERIES / self.group()).max(1);
         let mut tasks = Vec::new();
         for run in &self.batch.runs {
@@ -124,8 +124,12 @@ impl<E: PageElement> Attention<'_, E> {
                 let rows = start..(start + step).min(run.rows.end);
                 let (first, last) = self.context(rows.clone());
                 let spans = first / SPAN..last / SPAN + 1;
-                for kv_head in 0..self.heads.num_kv_heads {
-                    tasks.push(Task { run, kv_head, rows: rows.clone(), spans: spans.clone() });
+                // Heads lie side by side, so a task of few rows reads all of them, where there are enough tasks.
+                let together = run.rows.len() == 1 && self.batch.runs.len() >= 4 * threads;
+                let heads = if together { self.heads.num_kv_heads } else { 1 };
+                for kv_head in (0..self.heads.num_kv_heads).step_by(heads) {
+                    let kv_heads = kv_head..kv_head + heads;
+                    tasks.push(Task { run, kv_heads, rows: rows.clone(), spans: spans.clone() });
                 }
             }
         }
@@ -145,22 +149,27 @@ impl<E: PageElement> Attention<'_, E> {
         (first, position)
     }
 
+    /// Writes what the state has for the task.
     fn write(&self, task: &Task<'_>, state: &State, out: Shared<f32>) {
-        let dim = self.heads.head_dim;
-        for (query, row) in task.rows.clone().enumerate() {
-            for head in 0..self.group() {
-                let slot = query * self.group() + head;
-                let at = (row * self.heads.num_heads + task.kv_head * self.group() + head) * dim;
-                // SAFETY: no other task has this row and head.
-                let out = unsafe { out.part(at, dim) };
-                state.finish(slot, out);
+        let (dim, group) = (self.heads.head_dim, self.group());
+        let slots = state.slots() / task.kv_heads.len();
+        for (index, kv_head) in task.kv_heads.clone().enumerate() {
+            let mut slot = index * slots;
+            for row in task.rows.clone() {
+                for head in kv_head * group..(kv_head + 1) * group {
+                    // SAFETY: no other task has this row and head.
+                    let out = unsafe { out.part((row * self.heads.num_heads + head) * dim, dim) };
+                    state.finish(slot, out);
+                    slot += 1;
+                }
             }
         }
     }
 
-    /// The task's queries, times the scale, in blocks that are computed together.
+    /// The task's queries of a head, times the scale, in blocks that are computed together; their slots come after
+    /// `before` others.
     #[inline(always)]
-    fn blocks<P: Product>(&self, task: &Task<'_>) -> Vec<Block> {
+    fn blocks<P: Product>(&self, task: &Task<'_>, kv_head: usize, before: usize) -> Vec<Block> {
         let sizes: &[usize] = if P::L::WIDE { &[1, 2, 4, 8] } else { &[1, 2, 3, 4, 6] };
         let full = sizes[sizes.len() - 1];
         let (dim, group) = (self.heads.head_dim, self.group());
@@ -169,10 +178,10 @@ impl<E: PageElement> Attention<'_, E> {
         for first in (0..queries).step_by(full) {
             let count = full.min(queries - first);
             let m = sizes.iter().copied().find(|&m| m >= count).unwrap_or(full);
-            let mut block = Block::new(first, m, dim / P::STEP * P::PARTS);
+            let mut block = Block::new(before + first, m, dim / P::STEP * P::PARTS);
             for slot in 0..count {
                 let row = task.rows.start + (first + slot) / group;
-                let head = task.kv_head * group + (first + slot) % group;
+                let head = kv_head * group + (first + slot) % group;
                 let query = &self.qkv[row * self.width + head * dim..][..dim];
                 block.set::<P>(slot, (query, E::SCALED), self.op.scale, self.seen(row));
             }
@@ -182,12 +191,28 @@ impl<E: PageElement> Attention<'_, E> {
     }
 }
 
+/// A task and some of its spans.
+type Work<'a> = (&'a Task<'a>, Range<usize>);
+
 /// Computes some spans of a task and merges them to one state.
 struct TaskKernel<'a, E> {
     input: &'a Attention<'a, E>,
-    task: &'a Task<'a>,
-    spans: Range<usize>,
+    work: &'a Work<'a>,
+    /// What this thread will probably do next.
+    next: Option<&'a Work<'a>>,
     state: &'a mut Option<State>,
+}
+
+impl<'a, E: PageElement> TaskKernel<'a, E> {
+    fn new(
+        cpu: &Cpu,
+        input: &'a Attention<'a, E>,
+        work: &'a [Work<'a>],
+        index: usize,
+        state: &'a mut Option<State>,
+    ) -> Self {
+        Self { input, work: &work[index], next: work.get(index + cpu.threads()), state }
+    }
 }
 
 impl<E: PageElement> ProductKernel for TaskKernel<'_, E> {
@@ -210,69 +235,86 @@ impl<E: PageElement> TaskKernel<'_, E> {
         let dim = self.input.heads.head_dim;
         let vectors = if P::L::WIDE { 2 * LANES } else { LANES };
         let padded = dim.next_multiple_of(vectors);
-        let blocks = self.input.blocks::<P>(self.task);
-        let slots = blocks.iter().map(|block| block.m).sum();
-        let (first, last) = self.input.context(self.task.rows.clone());
+        let (task, spans) = self.work;
+        let mut slots = 0;
+        let mut heads = Vec::with_capacity(task.kv_heads.len());
+        for kv_head in task.kv_heads.clone() {
+            let blocks = self.input.blocks::<P>(task, kv_head, slots);
+            slots += blocks.iter().map(|block| block.m).sum::<usize>();
+            heads.push((kv_head, blocks));
+        }
         // Widening pays when several blocks share it, and pads the rows of values.
-        let direct = blocks.len() == 1 && padded == dim;
+        let direct = heads[0].1.len() == 1 && padded == dim;
         let mut scratch = Scratch::new(dim, if direct { 0 } else { padded });
-        for span in self.spans.clone() {
+        for span in spans.clone() {
             let mut state = State::new(slots, padded);
-            let tiles =
-                (span * SPAN).max(first) / TILE..((span + 1) * SPAN - 1).min(last) / TILE + 1;
-            for tile in tiles {
-                self.prefetch((tile + 1) * TILE, last.min(self.spans.end * SPAN - 1));
-                let tile = self.tile::<D::Number>(tile * TILE, last);
-                if direct {
-                    for block in &blocks {
-                        state.update::<P, D>(block, &tile);
-                    }
-                } else {
-                    let tile = scratch.widen::<P, D>(&tile, padded);
-                    for block in &blocks {
-                        state.update::<P, W>(block, &tile);
+            let mut next = self.input.first_tile(self.work, span * SPAN);
+            while let Some(start) = next.filter(|&start| start < (span + 1) * SPAN) {
+                next = self.input.first_tile(self.work, start + TILE);
+                for (kv_head, blocks) in &heads {
+                    let mut tile = self.input.tile(task, *kv_head, start);
+                    tile.ahead = self.ahead(*kv_head, next).unwrap_or(tile.pages);
+                    if direct {
+                        for block in blocks {
+                            state.update::<P, D>(block, &tile);
+                        }
+                    } else {
+                        let tile = scratch.widen::<P, D>(&tile, padded);
+                        for block in blocks {
+                            state.update::<P, W>(block, &tile);
+                        }
                     }
                 }
             }
             Merge { into: self.state, state: Some(state) }.run::<P::L>();
         }
     }
+}
 
-    /// Has the memory bring what [`Self::tile`] will want. Pages are too short, and lie too far apart, for
-    /// the machine to see what comes next.
+impl<E: PageElement> TaskKernel<'_, E> {
+    /// What is read after a head's tile: the `next` tile, or the first one of the next work.
     #[inline(always)]
-    fn prefetch(&self, start: usize, last: usize) {
-        if start > last {
-            return;
-        }
-        let head = E::head_len(self.input.heads.head_dim) * size_of::<E>();
-        for (keys, values) in self.tile::<u8>(start, last).pages {
-            for at in (0..head).step_by(CACHE_LINE) {
-                prefetch(keys.wrapping_add(at));
-                prefetch(values.wrapping_add(at));
-            }
-        }
+    fn ahead<N>(&self, kv_head: usize, next: Option<usize>) -> Option<TilePages<N>> {
+        let (mut task, mut kv_head) = (self.work.0, kv_head);
+        let start = next.or_else(|| {
+            let index = kv_head - task.kv_heads.start;
+            task = self.next?.0;
+            kv_head = task.kv_heads.end.min(task.kv_heads.start + index + 1) - 1;
+            self.input.first_tile(self.next?, 0)
+        })?;
+        Some(self.input.tile(task, kv_head, start).pages)
+    }
+}
+
+impl<E: PageElement> Attention<'_, E> {
+    /// Where the first tile of the work from position `start` on starts.
+    #[inline(always)]
+    fn first_tile(&self, (task, spans): &Work<'_>, start: usize) -> Option<usize> {
+        let (first, last) = self.context(task.rows.clone());
+        let start = start.max(first).max(spans.start * SPAN) / TILE * TILE;
+        (start <= last && start < spans.end * SPAN).then_some(start)
     }
 
-    /// Keys and values of this head in the pages from position `start` on, up to that of `last`.
+    /// Keys and values of a head in the tile at `start`.
     #[inline(always)]
-    fn tile<N>(&self, start: usize, last: usize) -> Tile<N> {
-        let Heads { num_kv_heads, head_dim, .. } = self.input.heads;
+    fn tile<N>(&self, task: &Task<'_>, kv_head: usize, start: usize) -> Tile<N> {
+        let (_, last) = self.context(task.rows.clone());
+        let Heads { num_kv_heads, head_dim, .. } = self.heads;
         let (numbers, head) = (BLOCK_SIZE * head_dim, E::head_len(head_dim));
-        let half = self.input.pages.len() / 2;
-        let table = &self.input.batch.blocks[self.task.run.blocks.clone()];
+        let half = self.pages.len() / 2;
+        let table = &self.batch.blocks[task.run.blocks.clone()];
         let pages: [_; PAGES] = std::array::from_fn(|i| {
             // A page behind the context is never used; any other stands in for it.
             let index = (start / BLOCK_SIZE + i).min(last / BLOCK_SIZE);
-            let at = (table[index].0 as usize * num_kv_heads + self.task.kv_head) * head;
-            (&self.input.pages[at..at + head], &self.input.pages[half + at..][..head])
+            let at = (table[index].0 as usize * num_kv_heads + kv_head) * head;
+            (&self.pages[at..at + head], &self.pages[half + at..][..head])
         });
         let scales = pages.map(|(keys, values)| {
             (keys[numbers..].as_ptr().cast(), values[numbers..].as_ptr().cast())
         });
         let valid = (last + 1 - start).min(TILE);
         let pages = pages.map(|(keys, values)| (keys.as_ptr().cast(), values.as_ptr().cast()));
-        Tile { start, valid, pages, scales, row: head_dim }
+        Tile { start, valid, pages, ahead: pages, scales, row: head_dim }
     }
 }
 

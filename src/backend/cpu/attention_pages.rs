@@ -7,6 +7,7 @@ use std::marker::PhantomData;
 #[cfg(target_arch = "x86_64")]
 use half::bf16;
 
+use super::attention::TILE;
 use super::attention_tile::{PAGES, Tile};
 use super::lanes::{Element, LANES, Lanes};
 use super::page::PageElement;
@@ -24,8 +25,13 @@ pub(super) trait Pages<P: Product> {
     const KEYS: usize;
     /// Rows of values that a step has.
     const ROWS: usize;
+
+    /// Where the values of a page's step are from dimension `d` on, a multiple of 16.
+    fn value(step: usize, d: usize, row: usize) -> usize;
     /// Whether numbers are multiples of the tile's scales.
     const SCALED: bool;
+    /// Whether they come from memory, or else from a cache.
+    const STREAMED: bool = true;
 
     /// # Safety
     /// `p` points to the keys of a step.
@@ -37,8 +43,8 @@ pub(super) trait Pages<P: Product> {
     /// `p` points to as many values in rows of length `row`.
     unsafe fn values(p: *const Self::Number, row: usize, whole: bool) -> P::Weights;
 
-    /// Writes 16 tokens' keys and values, of which `valid` are in the cache, as `[step][16]` and
-    /// `[step][padded]` words; what is behind a row stays.
+    /// Writes 16 tokens' keys and values, of which `valid` are in the cache, as `[step][16]` words and as
+    /// [`widened_value`] says; what is behind a row stays.
     ///
     /// # Safety
     /// The pointers are those of a page.
@@ -46,7 +52,7 @@ pub(super) trait Pages<P: Product> {
         page: (*const Self::Number, *const Self::Number),
         dim: usize,
         valid: usize,
-        to: (&mut [u32], &mut [u32], usize),
+        to: (&mut [u32], &mut [u32]),
     );
 }
 
@@ -59,6 +65,10 @@ impl<L: Lanes, E: PageElement> Pages<Exact<L>> for Numbers<E> {
     const ROWS: usize = 1;
     const SCALED: bool = E::SCALED;
 
+    #[inline(always)]
+    fn value(step: usize, d: usize, row: usize) -> usize {
+        step * row + d
+    }
     #[inline(always)]
     unsafe fn keys(p: *const E) -> L {
         // SAFETY: the caller's contract.
@@ -74,15 +84,19 @@ impl<L: Lanes, E: PageElement> Pages<Exact<L>> for Numbers<E> {
         (from_keys, from_values): (*const E, *const E),
         dim: usize,
         _: usize,
-        (keys, values, padded): (&mut [u32], &mut [u32], usize),
+        (keys, values): (&mut [u32], &mut [u32]),
     ) {
         // SAFETY: a page holds 16 * dim keys and as many values.
         unsafe {
             for (d, keys) in keys.chunks_exact_mut(LANES).enumerate() {
                 E::load::<L>(from_keys.add(d * LANES)).store(keys.as_mut_ptr().cast());
             }
-            for (token, values) in values.chunks_exact_mut(padded).enumerate() {
-                widen_row::<L, E>(from_values.add(token * dim), &mut values[..dim]);
+            for token in 0..BLOCK_SIZE {
+                for d in (0..dim).step_by(LANES) {
+                    let to =
+                        &mut values[widened_value::<Exact<L>>(token, d)..][..LANES.min(dim - d)];
+                    widen_row::<L, E>(from_values.add(token * dim + d), to);
+                }
             }
         }
     }
@@ -116,6 +130,10 @@ impl Pages<PairProduct> for Halves {
     const SCALED: bool = false;
 
     #[inline(always)]
+    fn value(step: usize, d: usize, row: usize) -> usize {
+        2 * step * row + d
+    }
+    #[inline(always)]
     unsafe fn keys(p: *const bf16) -> Pairs {
         // SAFETY: the caller's contract.
         unsafe { Pairs::interleave(p, p.add(LANES)) }
@@ -131,22 +149,28 @@ impl Pages<PairProduct> for Halves {
         (from_keys, from_values): (*const bf16, *const bf16),
         dim: usize,
         valid: usize,
-        (keys, values, padded): (&mut [u32], &mut [u32], usize),
+        (keys, values): (&mut [u32], &mut [u32]),
     ) {
         // SAFETY: a page holds 16 * dim keys and as many values.
         unsafe {
             for (step, keys) in keys.chunks_exact_mut(LANES).enumerate() {
                 Self::keys(from_keys.add(step * Self::KEYS)).store(keys.as_mut_ptr().cast());
             }
-            for (step, values) in values.chunks_exact_mut(padded).enumerate() {
-                for (i, values) in values[..dim].chunks_exact_mut(LANES).enumerate() {
-                    let from = from_values.add(2 * step * dim + i * LANES);
+            for step in 0..BLOCK_SIZE / 2 {
+                for d in (0..dim).step_by(LANES) {
+                    let from = from_values.add(Self::value(step, d, dim));
                     let pairs = Self::values(from, dim, 2 * step + 1 < valid);
-                    pairs.store(values.as_mut_ptr().cast());
+                    let to = &mut values[widened_value::<PairProduct>(step, d)..][..LANES];
+                    pairs.store(to.as_mut_ptr().cast());
                 }
             }
         }
     }
+}
+
+/// Values lie `[dim / 16][step of the tile][16]`: what is added up is one stream.
+fn widened_value<P: Product>(step: usize, d: usize) -> usize {
+    d / LANES * (TILE / P::STEP * LANES) + step * LANES
 }
 
 /// Words of a [`Scratch`], of numbers `E`.
@@ -157,7 +181,12 @@ impl<L: Lanes, E: PageElement> Pages<Exact<L>> for Widened<E> {
     const KEYS: usize = LANES;
     const ROWS: usize = 1;
     const SCALED: bool = E::SCALED;
+    const STREAMED: bool = false;
 
+    #[inline(always)]
+    fn value(step: usize, d: usize, _: usize) -> usize {
+        widened_value::<Exact<L>>(step, d)
+    }
     #[inline(always)]
     unsafe fn keys(p: *const u32) -> L {
         // SAFETY: the caller's contract.
@@ -168,12 +197,7 @@ impl<L: Lanes, E: PageElement> Pages<Exact<L>> for Widened<E> {
         // SAFETY: the caller's contract.
         unsafe { L::load(p.cast()) }
     }
-    unsafe fn widen(
-        _: (*const u32, *const u32),
-        _: usize,
-        _: usize,
-        _: (&mut [u32], &mut [u32], usize),
-    ) {
+    unsafe fn widen(_: (*const u32, *const u32), _: usize, _: usize, _: (&mut [u32], &mut [u32])) {
         unreachable!("they are wide")
     }
 }
@@ -184,7 +208,12 @@ impl<E: PageElement> Pages<PairProduct> for Widened<E> {
     const KEYS: usize = LANES;
     const ROWS: usize = 1;
     const SCALED: bool = E::SCALED;
+    const STREAMED: bool = false;
 
+    #[inline(always)]
+    fn value(step: usize, d: usize, _: usize) -> usize {
+        widened_value::<PairProduct>(step, d)
+    }
     #[inline(always)]
     unsafe fn keys(p: *const u32) -> Pairs {
         // SAFETY: the caller's contract.
@@ -195,12 +224,7 @@ impl<E: PageElement> Pages<PairProduct> for Widened<E> {
         // SAFETY: the caller's contract.
         unsafe { Pairs::load(p.cast()) }
     }
-    unsafe fn widen(
-        _: (*const u32, *const u32),
-        _: usize,
-        _: usize,
-        _: (&mut [u32], &mut [u32], usize),
-    ) {
+    unsafe fn widen(_: (*const u32, *const u32), _: usize, _: usize, _: (&mut [u32], &mut [u32])) {
         unreachable!("they are wide")
     }
 }
@@ -222,17 +246,18 @@ impl Scratch {
         padded: usize,
     ) -> Tile<u32> {
         let dim = tile.row;
-        let (keys_len, values_len) = (BLOCK_SIZE * dim / P::STEP, BLOCK_SIZE / P::STEP * padded);
+        let (keys_len, steps) = (BLOCK_SIZE * dim / P::STEP, BLOCK_SIZE / P::STEP);
         let (all_keys, all_values) = self.0.split_at_mut(PAGES * keys_len);
         let mut pages = [(std::ptr::null(), std::ptr::null()); PAGES];
         for (i, &page) in tile.pages.iter().enumerate() {
             let keys = &mut all_keys[i * keys_len..][..keys_len];
-            let values = &mut all_values[i * values_len..][..values_len];
+            let values = &mut all_values[widened_value::<P>(i * steps, 0)..];
             let valid = tile.valid.saturating_sub(i * BLOCK_SIZE);
             pages[i] = (keys.as_ptr(), values.as_ptr());
             // SAFETY: the tile's pages are whole.
-            unsafe { D::widen(page, dim, valid, (keys, values, padded)) }
+            unsafe { D::widen(page, dim, valid, (keys, values)) }
         }
-        Tile { pages, row: padded, start: tile.start, valid: tile.valid, scales: tile.scales }
+        let Tile { start, valid, scales, .. } = *tile;
+        Tile { start, valid, pages, ahead: pages, scales, row: padded }
     }
 }

@@ -14,6 +14,7 @@ use half::f16;
 use super::attention::TILE;
 use super::attention_pages::Pages;
 use super::lanes::{LANES, Lanes, array_of};
+use super::memory::{CACHE_LINE, prefetch};
 use super::page::{GROUP, hadamard};
 use super::product::Product;
 use crate::config::BLOCK_SIZE;
@@ -78,14 +79,20 @@ impl Block {
     }
 }
 
+/// Keys `[dim][16]` and values `[16][row]` of the pages of a tile.
+pub(super) type TilePages<E> = [(*const E, *const E); PAGES];
+
 /// Keys and values of 64 positions.
+#[derive(Clone, Copy)]
 pub(super) struct Tile<E> {
     /// Position of the first token, a multiple of 64.
     pub(super) start: usize,
     /// Tokens that are in the cache, from the first on; what comes behind may be anything.
     pub(super) valid: usize,
-    /// Keys `[dim][16]` and values `[16][row]` of each page.
-    pub(super) pages: [(*const E, *const E); PAGES],
+    pub(super) pages: TilePages<E>,
+    /// Pages that will be read next. The memory is to bring them meanwhile: they are too short, and lie too far apart,
+    /// for the machine to see what comes.
+    pub(super) ahead: TilePages<E>,
     /// Scales `[dim / 32][16]` of each page's keys and values, where numbers are multiples of them. Numbers
     /// stay integers, exact in every type: scores are scaled, and weights before they meet values.
     pub(super) scales: [(*const f16, *const f16); PAGES],
@@ -111,6 +118,10 @@ impl State {
             outputs: vec![0.0; slots * padded],
             padded,
         }
+    }
+
+    pub(super) fn slots(&self) -> usize {
+        self.greatest.len()
     }
 
     /// Takes the tile in for all queries of the block.
@@ -150,9 +161,10 @@ impl State {
         let pages = (start / BLOCK_SIZE, end.div_ceil(BLOCK_SIZE));
         for page in (pages.0..pages.1).step_by(T) {
             let keys = array_of!(t < T => tile.pages[(page + t).min(pages.1 - 1)].0);
+            let ahead = array_of!(t < T => tile.ahead[(page + t).min(pages.1 - 1)].0);
             let scales = array_of!(t < T => tile.scales[(page + t).min(pages.1 - 1)].0);
             let at = page * BLOCK_SIZE;
-            score_pages::<P, D, M, T>(&block.queries, (keys, scales), at, &mut scores);
+            score_pages::<P, D, M, T>(&block.queries, (keys, ahead, scales), at, &mut scores);
         }
         let slots = block.first..block.first + M;
         let decay = softmax::<P::L, M>(
@@ -228,7 +240,7 @@ fn blend<L: Lanes>(to: &mut [f32], from: &[f32], keep: L, take: L) {
 #[inline(always)]
 fn score_pages<P: Product, D: Pages<P>, const M: usize, const T: usize>(
     queries: &[u32],
-    (keys, scales): ([*const D::Number; T], [*const f16; T]),
+    (keys, ahead, scales): ([*const D::Number; T], [*const D::Number; T], [*const f16; T]),
     at: usize,
     scores: &mut [[f32; SCORES]; M],
 ) {
@@ -237,6 +249,9 @@ fn score_pages<P: Product, D: Pages<P>, const M: usize, const T: usize>(
         let mut sums = [[P::L::splat(0.0); T]; M];
         for (step, queries) in queries.chunks_exact(M * P::PARTS).enumerate() {
             let step = group * steps + step;
+            for page in ahead {
+                prefetch_number::<P, D>(page, step * D::KEYS);
+            }
             // SAFETY: a page holds the keys of each step that a query has.
             unsafe {
                 let keys = array_of!(t < T => D::keys(keys[t].add(step * D::KEYS)));
@@ -431,12 +446,19 @@ fn weigh_values<P: Product, D: Pages<P>, const M: usize, const T: usize>(
     for page in start / BLOCK_SIZE..end.div_ceil(BLOCK_SIZE) {
         let first = page * steps;
         for step in first.max(start / P::STEP)..(first + steps).min(end.div_ceil(P::STEP)) {
-            let values = tile.pages[page].1.wrapping_add((step - first) * D::ROWS * tile.row + d);
+            let values = tile.pages[page].1;
+            for row in 0..D::ROWS {
+                let at = D::value(step - first, d, tile.row) + row * tile.row;
+                prefetch_number::<P, D>(tile.ahead[page].1, at);
+            }
             let whole = (step + 1) * P::STEP <= tile.valid;
             // SAFETY: a page has the values of each of its steps in rows that are `tile.row` long,
             // whole pairs of vectors; a row of weights has a word for each step of the tile.
             unsafe {
-                let lanes = array_of!(t < T => D::values(values.add(t * LANES), tile.row, whole));
+                let lanes = array_of!(t < T => {
+                    let at = D::value(step - first, d + t * LANES, tile.row);
+                    D::values(values.add(at), tile.row, whole)
+                });
                 for (sums, weights) in sums.iter_mut().zip(weights) {
                     let weight = P::broadcast(weights.as_ptr().cast::<u32>().add(step));
                     add_products::<P, T>(sums, lanes, weight);
@@ -450,6 +472,14 @@ fn weigh_values<P: Product, D: Pages<P>, const M: usize, const T: usize>(
             // SAFETY: `after` is `T` times 16 values.
             unsafe { sum.store(after.as_mut_ptr().add(t * LANES)) }
         }
+    }
+}
+
+/// Asks for the cache line that starts with number `index` of a page, if one does and the page is not near anyway.
+#[inline(always)]
+fn prefetch_number<P: Product, D: Pages<P>>(page: *const D::Number, index: usize) {
+    if D::STREAMED && (index * size_of::<D::Number>()).is_multiple_of(CACHE_LINE) {
+        prefetch(page.wrapping_add(index).cast());
     }
 }
 

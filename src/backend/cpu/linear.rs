@@ -52,6 +52,9 @@ pub(crate) fn linear(cpu: &Cpu, x: &[f32], weight: &Packed) -> Vec<f32> {
     out
 }
 
+/// Most rows that are computed together.
+const MOST_ROWS: usize = 8;
+
 /// Rows that are computed together: `rows` of them, in `m` slots of which the last may be empty.
 struct Group {
     start: usize,
@@ -99,8 +102,13 @@ impl Activations {
     ) -> Self {
         let cols = weight.cols.next_multiple_of(8);
         let steps = if arithmetic == Arithmetic::Exact { cols } else { cols / 2 };
-        let minima = weight.segments.iter().any(|segment| segment.encoding == Encoding::Q4_1);
-        let blocks = if minima || arithmetic == Arithmetic::Integers { cols / 32 } else { 0 };
+        let summed = |segment: &Segment| match segment.encoding {
+            Encoding::Q4_1 => true,
+            Encoding::Q4_0 => arithmetic == Arithmetic::Integers,
+            _ => false,
+        };
+        let summed = weight.segments.iter().any(summed);
+        let blocks = if summed { cols / 32 } else { 0 };
         let slots: usize = groups.iter().map(|group| group.m).sum();
         let mut words =
             cpu.scratch.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
@@ -138,14 +146,6 @@ struct PackGroup<'a> {
     scales: &'a mut [f32],
 }
 
-/// What becomes of 32 columns of a row.
-struct Converted {
-    /// Of which the first `32 / STEP` count.
-    words: [u32; 32],
-    /// Of the columns, in units of the row's scale.
-    sum: f32,
-}
-
 trait Convert {
     /// Columns of a word.
     const STEP: usize;
@@ -154,8 +154,10 @@ trait Convert {
     fn scale(_: &[f32]) -> f32 {
         1.0
     }
-    /// 32 columns of a row of that scale.
-    fn convert(columns: &[f32; 32], scale: f32) -> Converted;
+    /// 32 columns of a row of that scale; the first `32 / STEP` words count.
+    fn convert(columns: &[f32; 32], scale: f32) -> [u32; 32];
+    /// Sum of what the words stand for, in units of the row's scale.
+    fn sum(words: &[u32; 32]) -> f32;
 }
 
 /// The bits of each column.
@@ -165,10 +167,14 @@ impl<L: Lanes> Convert for Copy<L> {
     const STEP: usize = 1;
 
     #[inline(always)]
-    fn convert(columns: &[f32; 32], _: f32) -> Converted {
+    fn convert(columns: &[f32; 32], _: f32) -> [u32; 32] {
+        columns.map(f32::to_bits)
+    }
+    #[inline(always)]
+    fn sum(words: &[u32; 32]) -> f32 {
+        let columns = words.as_ptr().cast::<f32>();
         // SAFETY: two times 16 values.
-        let sum = unsafe { L::load(columns.as_ptr()).add(L::load(columns[16..].as_ptr())) };
-        Converted { words: columns.map(f32::to_bits), sum: sum.sum() }
+        unsafe { L::load(columns).add(L::load(columns.add(16))) }.sum()
     }
 }
 
@@ -181,15 +187,17 @@ impl Convert for Round {
     const STEP: usize = 2;
 
     #[inline(always)]
-    fn convert(columns: &[f32; 32], _: f32) -> Converted {
+    fn convert(columns: &[f32; 32], _: f32) -> [u32; 32] {
         let mut words = [0; 32];
-        // SAFETY: 32 values are rounded to 16 words, and read back as two times 16 bf16.
-        let sum = unsafe {
-            Pairs::round(columns.as_ptr(), words.as_mut_ptr());
-            let rounded = words.as_ptr().cast::<bf16>();
-            Avx512::load_bf16(rounded).add(Avx512::load_bf16(rounded.add(16)))
-        };
-        Converted { words, sum: sum.sum() }
+        // SAFETY: 32 values are rounded to 16 words.
+        unsafe { Pairs::round(columns.as_ptr(), words.as_mut_ptr()) };
+        words
+    }
+    #[inline(always)]
+    fn sum(words: &[u32; 32]) -> f32 {
+        let rounded = words.as_ptr().cast::<bf16>();
+        // SAFETY: 16 words are two times 16 bf16.
+        unsafe { Avx512::load_bf16(rounded).add(Avx512::load_bf16(rounded.add(16))) }.sum()
     }
 }
 
@@ -225,34 +233,46 @@ impl<I: Integers> Convert for RoundToIntegers<I> {
     }
 
     #[inline(always)]
-    fn convert(columns: &[f32; 32], scale: f32) -> Converted {
-        let factor = if scale > LEAST { 1.0 / scale } else { 0.0 };
-        let (pairs, sum) = I::round(columns, factor);
+    fn convert(columns: &[f32; 32], scale: f32) -> [u32; 32] {
         let mut words = [0; 32];
-        words[..16].copy_from_slice(&pairs);
-        Converted { words, sum: sum as f32 }
+        I::round(columns, if scale > LEAST { 1.0 / scale } else { 0.0 }, &mut words);
+        words
+    }
+    #[inline(always)]
+    fn sum(words: &[u32; 32]) -> f32 {
+        // SAFETY: 16 words.
+        let pairs = unsafe { I::load(words.as_ptr().cast()) };
+        pairs.dot(I::splat(0x1_0001), I::splat(0)).sum() as f32
     }
 }
 
 impl PackGroup<'_> {
     #[inline(always)]
     fn each<C: Convert>(self) {
-        let steps = self.words.len() / self.m;
-        for slot in 0..self.m {
-            let row = self.x.get(slot * self.cols..(slot + 1) * self.cols).unwrap_or(&[]);
-            let scale = C::scale(row);
-            self.scales[slot] = scale;
-            for (block, first) in (0..steps).step_by(32 / C::STEP).enumerate() {
-                let mut columns = [0.0; 32];
-                let rest = row.get(block * 32..).unwrap_or(&[]);
-                let count = rest.len().min(32);
-                columns[..count].copy_from_slice(&rest[..count]);
-                let Converted { words, sum } = C::convert(&columns, scale);
-                for (i, &word) in words[..(32 / C::STEP).min(steps - first)].iter().enumerate() {
-                    self.words[(first + i) * self.m + slot] = word;
-                }
+        let (m, cols) = (self.m, self.cols);
+        let rows: [&[f32]; MOST_ROWS] =
+            std::array::from_fn(|slot| self.x.get(slot * cols..(slot + 1) * cols).unwrap_or(&[]));
+        for (scale, row) in self.scales.iter_mut().zip(rows) {
+            *scale = C::scale(row);
+        }
+        let mut converted = [[0; 32]; MOST_ROWS];
+        for (block, words) in self.words.chunks_mut(32 / C::STEP * m).enumerate() {
+            for (slot, &scale) in self.scales.iter().enumerate() {
+                let rest = rows[slot].get(block * 32..).unwrap_or(&[]);
+                converted[slot] = if let Some(columns) = rest.first_chunk() {
+                    C::convert(columns, scale)
+                } else {
+                    let mut columns = [0.0; 32];
+                    columns[..rest.len()].copy_from_slice(rest);
+                    C::convert(&columns, scale)
+                };
                 if !self.sums.is_empty() {
-                    self.sums[block * self.m + slot] = sum;
+                    self.sums[block * m + slot] = C::sum(&converted[slot]);
+                }
+            }
+            for (i, words) in words.chunks_exact_mut(m).enumerate() {
+                for (word, converted) in words.iter_mut().zip(&converted) {
+                    *word = converted[i % 32];
                 }
             }
         }

@@ -5,11 +5,14 @@
 //! first ([`hadamard`]).
 #![allow(unsafe_code)] // Threads write disjoint lanes of the pages.
 
+use std::ops::Range;
+
 use half::{bf16, f16};
 
 use super::Cpu;
-use super::lanes::{Element, LANES};
+use super::lanes::{Element, LANES, Lanes};
 use super::memory::Shared;
+use super::tier::Kernel;
 use crate::backend::{Batch, Heads};
 use crate::config::BLOCK_SIZE;
 
@@ -19,6 +22,7 @@ pub(super) const GROUP: usize = 32;
 /// Spreads what stands out in one of 32 dimensions over all of them, so that it does not make their scale coarse: the
 /// Walsh-Hadamard transform. Done to queries and keys it leaves their products as they are (`QuaRot`,
 /// arXiv 2404.00456).
+#[inline(always)]
 pub(super) fn hadamard(x: &mut [f32]) {
     for group in x.as_chunks_mut::<GROUP>().0 {
         for half in [1, 2, 4, 8, 16] {
@@ -116,9 +120,7 @@ pub(crate) fn write_pages<E: PageElement>(
     let write = |index: usize| {
         let (head, dims) = (index / slices, index % slices * slice);
         let count = slice.min(heads.head_dim - dims);
-        let lanes = PageLanes { heads, head, dims, count };
-        // SAFETY: tasks differ in head or dimensions, and with that in what they write.
-        unsafe { lanes.write((qkv, width), batch, (keys, values)) }
+        cpu.tier.run(PageLanes { heads, head, dims, count, qkv, width, batch, keys, values });
     };
     let tasks = heads.num_kv_heads * slices;
     if batch.positions.len() * heads.num_kv_heads * heads.head_dim < 8 << 10 {
@@ -128,56 +130,74 @@ pub(crate) fn write_pages<E: PageElement>(
     }
 }
 
-/// `count` dimensions from `dims` on of key/value head `head`.
-struct PageLanes {
+/// Writes `count` dimensions from `dims` on of key/value head `head`, which nobody else touches.
+struct PageLanes<'a, E> {
     heads: Heads,
     head: usize,
     dims: usize,
     count: usize,
+    qkv: &'a [f32],
+    width: usize,
+    batch: &'a Batch,
+    keys: Shared<E>,
+    values: Shared<E>,
 }
 
-impl PageLanes {
-    /// # Safety
-    /// No one else touches these dimensions of this head.
-    unsafe fn write<E: PageElement>(
-        &self,
-        (qkv, width): (&[f32], usize),
-        batch: &Batch,
-        (keys, values): (Shared<E>, Shared<E>),
-    ) {
+impl<E: PageElement> Kernel for PageLanes<'_, E> {
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        for run in &self.batch.runs {
+            let table = &self.batch.blocks[run.blocks.clone()];
+            let mut row = run.rows.start;
+            while row < run.rows.end {
+                let position = self.batch.positions[row] as usize;
+                let (block, token) = (position / BLOCK_SIZE, position % BLOCK_SIZE);
+                let following = self.batch.positions[row..run.rows.end.min(row + BLOCK_SIZE)]
+                    .iter()
+                    .zip(position..);
+                let following = following.take_while(|&(&at, next)| at as usize == next).count();
+                let tokens = token..BLOCK_SIZE.min(token + following);
+                let next = row + tokens.len();
+                self.page(table[block].0 as usize, tokens, row);
+                row = next;
+            }
+        }
+    }
+}
+
+impl<E: PageElement> PageLanes<'_, E> {
+    /// The tokens of one page, whose rows start at `row`.
+    #[inline(always)]
+    fn page(&self, block: usize, tokens: Range<usize>, row: usize) {
         let Heads { num_heads, num_kv_heads, head_dim } = self.heads;
-        let head_len = E::head_len(head_dim);
-        for run in &batch.runs {
-            let table = &batch.blocks[run.blocks.clone()];
-            for row in run.rows.clone() {
-                let position = batch.positions[row] as usize;
-                let (block, token) =
-                    (table[position / BLOCK_SIZE].0 as usize, position % BLOCK_SIZE);
-                let at = (block * num_kv_heads + self.head) * head_len;
-                let key = &qkv[row * width + (num_heads + self.head) * head_dim + self.dims..];
-                let (mut key, value) = (&key[..self.count], &key[num_kv_heads * head_dim..]);
-                let mut transformed = [0.0; GROUP];
-                if E::SCALED {
-                    let transformed = &mut transformed[..self.count];
-                    transformed.copy_from_slice(key);
-                    hadamard(transformed);
-                    key = transformed;
-                }
-                let value = &value[..self.count];
-                let scale_at = at + head_dim * BLOCK_SIZE + self.scale(token);
-                // SAFETY: by the caller's contract; `at` and the length of a head bound each access.
-                unsafe {
-                    let scale = write_scale(value, values, scale_at);
-                    let values = values.part(at + token * head_dim + self.dims, self.count);
-                    for (to, &x) in values.iter_mut().zip(value) {
-                        *to = E::quantize(x, scale);
-                    }
-                    let scale = write_scale(key, keys, scale_at);
-                    for (d, &x) in key.iter().enumerate() {
-                        let to = keys.at(at + (self.dims + d) * BLOCK_SIZE + token);
-                        to.write(E::quantize(x, scale));
-                    }
-                }
+        let at = (block * num_kv_heads + self.head) * E::head_len(head_dim);
+        let zero = E::quantize(0.0, 1.0);
+        let mut keys = [[zero; GROUP]; BLOCK_SIZE];
+        for (row, token) in (row..).zip(tokens.clone()) {
+            let key = &self.qkv[row * self.width + (num_heads + self.head) * head_dim..];
+            let value = &key[num_kv_heads * head_dim + self.dims..][..self.count];
+            let mut key_numbers = [0.0; GROUP];
+            let key_numbers = &mut key_numbers[..self.count];
+            key_numbers.copy_from_slice(&key[self.dims..][..self.count]);
+            if E::SCALED {
+                hadamard(key_numbers);
+            }
+            let scale_at = at + head_dim * BLOCK_SIZE + self.scale(token);
+            // SAFETY: only this task has these dimensions of this head; `at` and the length of a head bound them.
+            unsafe {
+                let scale = write_scale(value, self.values, scale_at);
+                let values = self.values.part(at + token * head_dim + self.dims, self.count);
+                quantize(value, scale, values);
+                let scale = write_scale(key_numbers, self.keys, scale_at);
+                quantize(key_numbers, scale, &mut keys[token][..self.count]);
+            }
+        }
+        for d in 0..self.count {
+            let first = at + (self.dims + d) * BLOCK_SIZE + tokens.start;
+            // SAFETY: as above.
+            let to = unsafe { self.keys.part(first, tokens.len()) };
+            for (to, keys) in to.iter_mut().zip(&keys[tokens.clone()]) {
+                *to = keys[d];
             }
         }
     }
@@ -185,6 +205,13 @@ impl PageLanes {
     /// Where the token's scale stands among those of the head, in bytes.
     fn scale(&self, token: usize) -> usize {
         (self.dims / GROUP * BLOCK_SIZE + token) * size_of::<f16>()
+    }
+}
+
+#[inline(always)]
+fn quantize<E: PageElement>(from: &[f32], scale: f32, to: &mut [E]) {
+    for (to, &x) in to.iter_mut().zip(from) {
+        *to = E::quantize(x, scale);
     }
 }
 

@@ -139,8 +139,10 @@ pub(super) trait Integers: PairWords {
     fn numbers(self) -> Self::L;
     /// Numbers rounded to 32-bit integers.
     fn from_numbers(numbers: Self::L) -> Self;
-    /// Numbers times `factor`, rounded to integers within ±32767: sixteen pairs, and their sum.
-    fn round(numbers: &[f32; 32], factor: f32) -> ([u32; 16], i32);
+    /// Sum of the 32-bit integers.
+    fn sum(self) -> i32;
+    /// Numbers times `factor`, rounded to integers within ±32767: sixteen pairs.
+    fn round(numbers: &[f32; 32], factor: f32, pairs: &mut [u32; 32]);
 }
 
 /// Two ymm registers. Needs AVX2, and AVX-VNNI, which multiplies and adds at once, where `VNNI` says so.
@@ -214,9 +216,18 @@ impl<const VNNI: bool> Integers for Integers256<VNNI> {
         intrinsic!(Self(_mm256_cvtps_epi32(numbers.0), _mm256_cvtps_epi32(numbers.1)))
     }
     #[inline(always)]
-    fn round(numbers: &[f32; 32], factor: f32) -> ([u32; 16], i32) {
-        let (mut words, ones) = ([0; 16], Self::splat(0x1_0001));
-        let sum = intrinsic!({
+    fn sum(self) -> i32 {
+        intrinsic!({
+            let sum = _mm256_add_epi32(self.0, self.1);
+            let sum =
+                _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256::<1>(sum));
+            let sum = _mm_add_epi32(sum, _mm_shuffle_epi32::<0b01_00_11_10>(sum));
+            _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32::<0b10_11_00_01>(sum)))
+        })
+    }
+    #[inline(always)]
+    fn round(numbers: &[f32; 32], factor: f32, words: &mut [u32; 32]) {
+        intrinsic!({
             let factor = _mm256_set1_ps(factor);
             macro_rules! pairs {
                 ($at:literal) => {{
@@ -229,16 +240,8 @@ impl<const VNNI: bool> Integers for Integers256<VNNI> {
                     _mm256_permute4x64_epi64::<0b11_01_10_00>(packed)
                 }};
             }
-            let pairs = Self(pairs!(0), pairs!(16));
-            pairs.store(words.as_mut_ptr().cast());
-            let Self(a, b) = pairs.dot(ones, Self::splat(0));
-            let sum = _mm256_add_epi32(a, b);
-            let sum =
-                _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256::<1>(sum));
-            let sum = _mm_add_epi32(sum, _mm_shuffle_epi32::<0b01_00_11_10>(sum));
-            _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32::<0b10_11_00_01>(sum)))
+            Self(pairs!(0), pairs!(16)).store(words.as_mut_ptr().cast());
         });
-        (words, sum)
     }
 }
 
@@ -292,9 +295,12 @@ impl Integers for Integers512 {
         Self(intrinsic!(_mm512_cvtps_epi32(numbers.0)))
     }
     #[inline(always)]
-    fn round(numbers: &[f32; 32], factor: f32) -> ([u32; 16], i32) {
-        let mut words = [0; 16];
-        let sum = intrinsic!({
+    fn sum(self) -> i32 {
+        intrinsic!(_mm512_reduce_add_epi32(self.0))
+    }
+    #[inline(always)]
+    fn round(numbers: &[f32; 32], factor: f32, words: &mut [u32; 32]) {
+        intrinsic!({
             let factor = _mm512_set1_ps(factor);
             let low = _mm512_mul_ps(_mm512_loadu_ps(numbers.as_ptr()), factor);
             let high = _mm512_mul_ps(_mm512_loadu_ps(numbers.as_ptr().add(16)), factor);
@@ -303,8 +309,6 @@ impl Integers for Integers512 {
                 _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(high)),
             ));
             pairs.store(words.as_mut_ptr().cast());
-            _mm512_reduce_add_epi32(pairs.dot(Self::splat(0x1_0001), Self::splat(0)).0)
         });
-        (words, sum)
     }
 }
