@@ -1,4 +1,4 @@
-//! What a step costs beside the model: scheduling 256 sequences, and sampling one row of 49,152 ids.
+//! What a step costs beside the model: scheduling 1 or 256 sequences, and sampling one row of 49,152 ids.
 //!
 //! `cargo bench --bench scheduler`. Every figure is the median of several rounds, in microseconds.
 #![allow(clippy::print_stdout, reason = "a bench prints its figures")]
@@ -14,11 +14,11 @@ use astrai_rs::sampler::{
 };
 use astrai_rs::step::{Forward, LogitRows, Logits, Outcome, Step};
 
-const SEQUENCES: usize = 256;
+const MANY: usize = 256;
 const VOCAB: usize = 49_152;
 
 fn main() {
-    let mut figures = vec![("step_256_running", step_us())];
+    let mut figures = vec![("step_1_running", step_us(1)), ("step_256_running", step_us(MANY))];
     let logits = logits();
     let base = SamplingOptions::default();
     let greedy = SamplingOptions { temperature: 0.0, ..base.clone() };
@@ -49,7 +49,7 @@ fn main() {
     }
     let fields: Vec<String> =
         figures.iter().map(|(name, us)| format!("\"{name}_us\": {us:.2}")).collect();
-    println!("{{\"vocab\": {VOCAB}, \"sequences\": {SEQUENCES}, {}}}", fields.join(", "));
+    println!("{{\"vocab\": {VOCAB}, {}}}", fields.join(", "));
 }
 
 /// Median over rounds that last long enough for the clock.
@@ -97,11 +97,11 @@ impl Forward for Free {
     }
 }
 
-/// One decode step of 256 sequences: schedule, chunks, commit, greedy rows of two ids, events.
-fn step_us() -> f64 {
+/// One decode step of so many sequences: schedule, chunks, commit, greedy rows of two ids, events.
+fn step_us(sequences: usize) -> f64 {
     let config = EngineConfig {
         max_model_len: 1 << 30,
-        max_num_seqs: SEQUENCES,
+        max_num_seqs: sequences,
         max_num_batched_tokens: 2048,
         prefill_beside_decode: 2048,
         num_blocks: 1 << 18,
@@ -113,12 +113,12 @@ fn step_us() -> f64 {
     let mut engine = Engine::new(Free, config).expect("valid");
     let options =
         SamplingOptions { temperature: 0.0, max_tokens: 1 << 30, ..SamplingOptions::default() };
-    for index in 0..SEQUENCES as u32 {
+    for index in 0..sequences as u32 {
         let params = SamplingParams::new(&options, 2).expect("valid");
         let prompt = (0..100).map(|at| (index >> (at % 8)) & 1).collect();
         engine.submit(Request { prompt, params, grammar: None }).expect("fits");
     }
-    while engine.stats().num_requests_running < SEQUENCES {
+    while engine.stats().num_requests_running < sequences {
         engine.step();
     }
     median_us(|| drop(black_box(engine.step())))

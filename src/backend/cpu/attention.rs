@@ -118,18 +118,22 @@ impl<E: PageElement> Attention<'_, E> {
 
     fn tasks(&self, threads: usize) -> Vec<Task<'_>> {
         let step = (QUERIES / self.group()).max(1);
+        let spans = |rows| {
+            let (first, last) = self.context(rows);
+            first / SPAN..last / SPAN + 1
+        };
         let mut tasks = Vec::new();
+        // Heads lie side by side in a page, so one task reads all for a single row, where others have enough to do.
+        let enough = 4 * threads;
+        let single = self.batch.runs.iter().filter(|run| run.rows.len() == 1);
+        let together = single.map(|run| spans(run.rows.clone()).len()).sum::<usize>() >= enough;
         for run in &self.batch.runs {
+            let heads = if together && run.rows.len() == 1 { self.heads.num_kv_heads } else { 1 };
             for start in run.rows.clone().step_by(step) {
                 let rows = start..(start + step).min(run.rows.end);
-                let (first, last) = self.context(rows.clone());
-                let spans = first / SPAN..last / SPAN + 1;
-                // Heads lie side by side, so a task of few rows reads all of them, where there are enough tasks.
-                let together = run.rows.len() == 1 && self.batch.runs.len() >= 4 * threads;
-                let heads = if together { self.heads.num_kv_heads } else { 1 };
                 for kv_head in (0..self.heads.num_kv_heads).step_by(heads) {
-                    let kv_heads = kv_head..kv_head + heads;
-                    tasks.push(Task { run, kv_heads, rows: rows.clone(), spans: spans.clone() });
+                    let (rows, spans) = (rows.clone(), spans(rows.clone()));
+                    tasks.push(Task { run, kv_heads: kv_head..kv_head + heads, rows, spans });
                 }
             }
         }
