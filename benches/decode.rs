@@ -111,7 +111,8 @@ fn random_checkpoint() -> Checkpoint {
     Checkpoint { spec, weights }
 }
 
-/// Writes to every page of the cache: what was never written takes no memory, and is read from none.
+/// Writes a token to every block of the cache, which touches all its memory: what was never written is one page of
+/// zeros, which a step would read from the nearest cache.
 fn touch(runner: &mut Runner) {
     let tables: Vec<_> =
         (0..CACHE_TOKENS / BLOCK_SIZE).map(|block| [BlockId(block as u32)]).collect();
@@ -228,7 +229,9 @@ fn multiplied_per_token(checkpoint: &Checkpoint) -> (f64, Encoding) {
         let layers = checkpoint.weights.iter().filter(|(name, _)| name.starts_with("layers."));
         layers.map(|(_, tensor)| tensor).filter(|tensor| tensor.shape.len() == 2)
     };
-    let macs: usize = layers().map(|tensor| tensor.rows() * tensor.cols()).sum();
-    let largest = layers().max_by_key(|tensor| tensor.rows() * tensor.cols());
-    (macs as f64, largest.map_or(Encoding::F32, |tensor| tensor.encoding))
+    let macs = |tensor: &StoredTensor| tensor.rows() * tensor.cols();
+    let stored_as =
+        |encoding| layers().filter(|tensor| tensor.encoding == encoding).map(macs).sum();
+    let most = Encoding::ALL.into_iter().max_by_key(|&encoding| -> usize { stored_as(encoding) });
+    (layers().map(macs).sum::<usize>() as f64, most.unwrap_or(Encoding::F32))
 }

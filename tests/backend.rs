@@ -43,6 +43,7 @@ fn dequantisation_follows_the_ggml_formats() {
 
 #[test]
 fn threads_do_not_change_results() {
+    let len = 2100;
     let heads = Heads { num_heads: 6, num_kv_heads: 2, head_dim: 32 };
     let results: Vec<_> = [1, 2, 3]
         .into_iter()
@@ -52,20 +53,21 @@ fn threads_do_not_change_results() {
             let weight = stored(&mut random, &[500, 320], Encoding::Q4_1);
             let packed = backend.pack(&[weight], None).unwrap();
             let x = tensor(&random.floats(50 * 320), &[50, 320]);
-            let qkv = tensor(&random.floats(1200 * 320), &[1200, 320]);
-            let kv = backend.layer_kv(80, heads).unwrap();
-            let batch = batch_of(&[(0..1200, 0)], 80, &mut random);
-            let op = rope_op(&mut random, heads, RopePairing::HalfSplit, QkNorm::None, 1200);
+            let qkv = tensor(&random.floats(len * 320), &[len, 320]);
+            let kv = backend.layer_kv(140, heads).unwrap();
+            let batch = batch_of(&[(0..len, 0)], 140, &mut random);
+            let op = rope_op(&mut random, heads, RopePairing::HalfSplit, QkNorm::None, len);
             backend.rope_and_cache(&qkv, heads, &op, &kv, &batch).unwrap();
-            // One long decode row, whose spans are shared among the threads.
+            // One long decode row, whose spans are shared among the threads: those of all heads where there is one
+            // thread, which has enough in them, and of each head where there are more.
             let last = Batch {
-                positions: vec![1199],
-                runs: vec![Run { rows: 0..1, blocks: 0..75 }],
+                positions: vec![len as u32 - 1],
+                runs: vec![Run { rows: 0..1, blocks: 0..len.div_ceil(16) }],
                 blocks: batch.blocks.clone(),
                 ..Batch::default()
             };
             let op = AttentionOp { scale: 0.2, window: None };
-            let query = qkv.narrow(0, 1199, 1).unwrap();
+            let query = qkv.narrow(0, len - 1, 1).unwrap();
             let norm = tensor(&random.floats(320), &[320]);
             [
                 bits(&backend.linear(&x, &packed).unwrap()),
@@ -78,7 +80,7 @@ fn threads_do_not_change_results() {
     assert_eq!(results[0], results[1]);
     assert_eq!(results[0], results[2]);
     let all = &results[0][2];
-    assert_eq!(all[1199 * 192..], results[0][3], "decode equals prefill");
+    assert_eq!(all[(len - 1) * 192..], results[0][3], "decode equals prefill");
 }
 
 #[test]
@@ -272,6 +274,7 @@ fn a_row_of_attention_does_not_depend_on_its_batch() {
             (Heads { num_heads: 4, num_kv_heads: 2, head_dim: 12 }, Some(600)),
             (Heads { num_heads: 2, num_kv_heads: 1, head_dim: 80 }, None),
             (Heads { num_heads: 10, num_kv_heads: 2, head_dim: 32 }, None),
+            (Heads { num_heads: 18, num_kv_heads: 2, head_dim: 16 }, None),
             (Heads { num_heads: 1, num_kv_heads: 1, head_dim: 32 }, Some(33)),
         ] {
             check_cuts(&mut random, &backend, heads, window);
@@ -322,6 +325,19 @@ fn check_cuts(random: &mut Random, backend: &Backend, heads: Heads, window: Opti
             "{} {heads:?} rows {start}+{chunk} behind {other}",
             backend.tier()
         );
+        for run in &batch.runs[..others.len()] {
+            let (rows, count) = (run.rows.clone(), run.rows.len());
+            let alone = Batch {
+                positions: batch.positions[rows.clone()].to_vec(),
+                runs: vec![Run { rows: 0..count, blocks: 0..2 }],
+                blocks: batch.blocks[run.blocks.clone()].to_vec(),
+                ..Batch::default()
+            };
+            let part = part.narrow(0, rows.start, count).unwrap();
+            let want = backend.paged_attention(&part, heads, attention, &kv, &alone).unwrap();
+            let (want, rows) = (bits(&want), rows.start * size..rows.end * size);
+            assert_eq!(bits(&got)[rows], want, "{} {heads:?} {others:?}", backend.tier());
+        }
         start += chunk;
     }
 }

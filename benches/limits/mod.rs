@@ -192,7 +192,7 @@ mod x86 {
                     "vpmaddwd {product}, {a}, {b}",
                     "vpaddd {sum}, {sum}, {product}",
                     product = out(ymm_reg) _, sum = inout(ymm_reg) sum, a = in(ymm_reg) a,
-                    b = in(ymm_reg) b, options(pure, nomem, nostack, preserves_flags)
+                    b = in(ymm_reg) b, options(nomem, nostack, preserves_flags)
                 );
             }
             sum

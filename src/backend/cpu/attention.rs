@@ -6,6 +6,7 @@
 //! depend on how the work is cut; a long context can be shared among the threads span by span.
 #![allow(unsafe_code)] // Tasks write disjoint parts of one output.
 
+use std::cmp::Reverse;
 use std::ops::Range;
 
 #[cfg(target_arch = "x86_64")]
@@ -45,19 +46,25 @@ pub(crate) struct Attention<'a, E> {
 
 /// `[tokens, heads * head_dim]`. The runs of the batch cover all rows, in order.
 pub(crate) fn attention<E: PageElement>(cpu: &Cpu, input: &Attention<'_, E>) -> Vec<f32> {
-    let tasks = input.tasks(cpu.threads());
+    let mut tasks = input.tasks(cpu.threads());
     let spans: usize = tasks.iter().map(|task| task.spans.len()).sum();
+    let (all, heaviest) = tasks
+        .iter()
+        .map(Task::weight)
+        .fold((0, 0), |(all, heaviest), weight| (all + weight, weight.max(heaviest)));
+    let uneven = tasks.len() < 4 * cpu.threads() || heaviest * cpu.threads() > all;
+    let split = uneven && spans > tasks.len();
     let size = input.batch.positions.len() * input.heads.num_heads * input.heads.head_dim;
-    let split = tasks.len() < 4 * cpu.threads() && spans > tasks.len();
     // SAFETY: the tasks cover all rows and heads, and each writes all its outputs.
     unsafe {
         written_by(size, |out| {
             if split {
                 by_span(cpu, input, &tasks, out);
             } else {
-                // Later rows have more to do, so they go first.
-                let work: Vec<_> =
-                    tasks.iter().rev().map(|task| (task, task.spans.clone())).collect();
+                // What takes longest goes first; of equal tasks the later rows, which see more.
+                tasks.reverse();
+                tasks.sort_by_key(|task| Reverse(task.weight()));
+                let work: Vec<_> = tasks.iter().map(|task| (task, task.spans.clone())).collect();
                 cpu.pool.run(work.len(), &|index| {
                     let mut state = None;
                     input.run(cpu, TaskKernel::new(cpu, input, &work, index, &mut state));
@@ -100,8 +107,16 @@ struct Task<'a> {
     run: &'a Run,
     kv_heads: Range<usize>,
     rows: Range<usize>,
-    /// Spans that the rows see.
+    /// First and last position that any of the rows sees, and the spans that they lie in.
+    context: (usize, usize),
     spans: Range<usize>,
+}
+
+impl Task<'_> {
+    /// About how long it takes.
+    fn weight(&self) -> usize {
+        self.rows.len() * self.kv_heads.len() * self.spans.len()
+    }
 }
 
 impl<E: PageElement> Attention<'_, E> {
@@ -118,22 +133,21 @@ impl<E: PageElement> Attention<'_, E> {
 
     fn tasks(&self, threads: usize) -> Vec<Task<'_>> {
         let step = (QUERIES / self.group()).max(1);
-        let spans = |rows| {
-            let (first, last) = self.context(rows);
-            first / SPAN..last / SPAN + 1
-        };
+        let spans = |(first, last)| first / SPAN..last / SPAN + 1;
         let mut tasks = Vec::new();
-        // Heads lie side by side in a page, so one task reads all for a single row, where others have enough to do.
-        let enough = 4 * threads;
+        // Heads lie side by side in a page, so one task reads all for a single row, where such rows have spans for all
+        // threads.
         let single = self.batch.runs.iter().filter(|run| run.rows.len() == 1);
-        let together = single.map(|run| spans(run.rows.clone()).len()).sum::<usize>() >= enough;
+        let single = single.map(|run| spans(self.context(run.rows.clone())).len());
+        let together = single.sum::<usize>() >= 4 * threads;
         for run in &self.batch.runs {
             let heads = if together && run.rows.len() == 1 { self.heads.num_kv_heads } else { 1 };
             for start in run.rows.clone().step_by(step) {
                 let rows = start..(start + step).min(run.rows.end);
+                let context = self.context(rows.clone());
                 for kv_head in (0..self.heads.num_kv_heads).step_by(heads) {
-                    let (rows, spans) = (rows.clone(), spans(rows.clone()));
-                    tasks.push(Task { run, kv_heads: kv_head..kv_head + heads, rows, spans });
+                    let (kv_heads, rows) = (kv_head..kv_head + heads, rows.clone());
+                    tasks.push(Task { run, kv_heads, rows, context, spans: spans(context) });
                 }
             }
         }
@@ -156,6 +170,7 @@ impl<E: PageElement> Attention<'_, E> {
     /// Writes what the state has for the task.
     fn write(&self, task: &Task<'_>, state: &State, out: Shared<f32>) {
         let (dim, group) = (self.heads.head_dim, self.group());
+        // All heads have as many slots.
         let slots = state.slots() / task.kv_heads.len();
         for (index, kv_head) in task.kv_heads.clone().enumerate() {
             let mut slot = index * slots;
@@ -197,6 +212,14 @@ impl<E: PageElement> Attention<'_, E> {
 
 /// A task and some of its spans.
 type Work<'a> = (&'a Task<'a>, Range<usize>);
+
+/// Where the first tile of the work from position `start` on starts.
+#[inline(always)]
+fn first_tile((task, spans): &Work<'_>, start: usize) -> Option<usize> {
+    let (first, last) = task.context;
+    let start = start.max(first).max(spans.start * SPAN) / TILE * TILE;
+    (start <= last && start < spans.end * SPAN).then_some(start)
+}
 
 /// Computes some spans of a task and merges them to one state.
 struct TaskKernel<'a, E> {
@@ -252,9 +275,9 @@ impl<E: PageElement> TaskKernel<'_, E> {
         let mut scratch = Scratch::new(dim, if direct { 0 } else { padded });
         for span in spans.clone() {
             let mut state = State::new(slots, padded);
-            let mut next = self.input.first_tile(self.work, span * SPAN);
+            let mut next = first_tile(self.work, span * SPAN);
             while let Some(start) = next.filter(|&start| start < (span + 1) * SPAN) {
-                next = self.input.first_tile(self.work, start + TILE);
+                next = first_tile(self.work, start + TILE);
                 for (kv_head, blocks) in &heads {
                     let mut tile = self.input.tile(task, *kv_head, start);
                     tile.ahead = self.ahead(*kv_head, next).unwrap_or(tile.pages);
@@ -263,7 +286,7 @@ impl<E: PageElement> TaskKernel<'_, E> {
                             state.update::<P, D>(block, &tile);
                         }
                     } else {
-                        let tile = scratch.widen::<P, D>(&tile, padded);
+                        let tile = scratch.widen::<P, D>(&tile);
                         for block in blocks {
                             state.update::<P, W>(block, &tile);
                         }
@@ -284,25 +307,17 @@ impl<E: PageElement> TaskKernel<'_, E> {
             let index = kv_head - task.kv_heads.start;
             task = self.next?.0;
             kv_head = task.kv_heads.end.min(task.kv_heads.start + index + 1) - 1;
-            self.input.first_tile(self.next?, 0)
+            first_tile(self.next?, 0)
         })?;
         Some(self.input.tile(task, kv_head, start).pages)
     }
 }
 
 impl<E: PageElement> Attention<'_, E> {
-    /// Where the first tile of the work from position `start` on starts.
-    #[inline(always)]
-    fn first_tile(&self, (task, spans): &Work<'_>, start: usize) -> Option<usize> {
-        let (first, last) = self.context(task.rows.clone());
-        let start = start.max(first).max(spans.start * SPAN) / TILE * TILE;
-        (start <= last && start < spans.end * SPAN).then_some(start)
-    }
-
     /// Keys and values of a head in the tile at `start`.
     #[inline(always)]
     fn tile<N>(&self, task: &Task<'_>, kv_head: usize, start: usize) -> Tile<N> {
-        let (_, last) = self.context(task.rows.clone());
+        let (_, last) = task.context;
         let Heads { num_kv_heads, head_dim, .. } = self.heads;
         let (numbers, head) = (BLOCK_SIZE * head_dim, E::head_len(head_dim));
         let half = self.pages.len() / 2;

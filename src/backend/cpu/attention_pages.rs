@@ -8,7 +8,7 @@ use std::marker::PhantomData;
 use half::bf16;
 
 use super::attention::TILE;
-use super::attention_tile::{PAGES, Tile};
+use super::attention_tile::{PAGES, Tile, prefetch_number};
 use super::lanes::{Element, LANES, Lanes};
 use super::page::PageElement;
 #[cfg(target_arch = "x86_64")]
@@ -18,20 +18,21 @@ use super::product::{Exact, Product};
 use super::x86_words::{PairWords, Pairs};
 use crate::config::BLOCK_SIZE;
 
-/// Pages whose keys are `[dim][16]` and whose values `[16][row]`, or have steps of both in their place.
+/// Pages whose keys are `[dim][16]`, or have steps in the place of dimensions, and whose values lie as
+/// [`Self::value`] says.
 pub(super) trait Pages<P: Product> {
     type Number: Copy;
     /// Numbers from a step's keys to the next one's.
     const KEYS: usize;
     /// Rows of values that a step has.
     const ROWS: usize;
-
-    /// Where the values of a page's step are from dimension `d` on, a multiple of 16.
-    fn value(step: usize, d: usize, row: usize) -> usize;
     /// Whether numbers are multiples of the tile's scales.
     const SCALED: bool;
     /// Whether they come from memory, or else from a cache.
     const STREAMED: bool = true;
+
+    /// Where the values of a page's step are from dimension `d` on, a multiple of 16.
+    fn value(step: usize, d: usize, row: usize) -> usize;
 
     /// # Safety
     /// `p` points to the keys of a step.
@@ -102,17 +103,18 @@ impl<L: Lanes, E: PageElement> Pages<Exact<L>> for Numbers<E> {
     }
 }
 
+/// Of at most 16 numbers.
+///
 /// # Safety
 /// `from` is valid for reads of `to.len()` numbers.
 #[inline(always)]
 unsafe fn widen_row<L: Lanes, E: Element>(from: *const E, to: &mut [u32]) {
-    let whole = to.len() / LANES * LANES;
     // SAFETY: the caller's contract.
     unsafe {
-        for i in (0..whole).step_by(LANES) {
-            E::load::<L>(from.add(i)).store(to[i..i + LANES].as_mut_ptr().cast());
+        if to.len() == LANES {
+            return E::load::<L>(from).store(to.as_mut_ptr().cast());
         }
-        for (i, to) in to.iter_mut().enumerate().skip(whole) {
+        for (i, to) in to.iter_mut().enumerate() {
             *to = from.add(i).read().widen().to_bits();
         }
     }
@@ -238,26 +240,29 @@ impl Scratch {
         Self(vec![0; PAGES * BLOCK_SIZE * if padded == 0 { 0 } else { dim + padded }])
     }
 
-    /// Widens the pages; rows of values become `padded` long, the padding is zero.
+    /// Widens the pages, values as [`widened_value`] says; what pads a row is zero.
     #[inline(always)]
-    pub(super) fn widen<P: Product, D: Pages<P>>(
-        &mut self,
-        tile: &Tile<D::Number>,
-        padded: usize,
-    ) -> Tile<u32> {
+    pub(super) fn widen<P: Product, D: Pages<P>>(&mut self, tile: &Tile<D::Number>) -> Tile<u32> {
         let dim = tile.row;
         let (keys_len, steps) = (BLOCK_SIZE * dim / P::STEP, BLOCK_SIZE / P::STEP);
-        let (all_keys, all_values) = self.0.split_at_mut(PAGES * keys_len);
-        let mut pages = [(std::ptr::null(), std::ptr::null()); PAGES];
+        let (keys, values) = self.0.split_at_mut(PAGES * keys_len);
         for (i, &page) in tile.pages.iter().enumerate() {
-            let keys = &mut all_keys[i * keys_len..][..keys_len];
-            let values = &mut all_values[widened_value::<P>(i * steps, 0)..];
+            for at in (0..BLOCK_SIZE * dim).step_by(LANES) {
+                prefetch_number::<P, D>(tile.ahead[i].0, at);
+                prefetch_number::<P, D>(tile.ahead[i].1, at);
+            }
+            let keys = &mut keys[i * keys_len..][..keys_len];
+            let values = &mut values[widened_value::<P>(i * steps, 0)..];
             let valid = tile.valid.saturating_sub(i * BLOCK_SIZE);
-            pages[i] = (keys.as_ptr(), values.as_ptr());
             // SAFETY: the tile's pages are whole.
             unsafe { D::widen(page, dim, valid, (keys, values)) }
         }
-        let Tile { start, valid, scales, .. } = *tile;
-        Tile { start, valid, pages, ahead: pages, scales, row: padded }
+        let (keys, values) = (&*keys, &*values);
+        let pages = std::array::from_fn(|i| {
+            let values = &values[widened_value::<P>(i * steps, 0)..];
+            (keys[i * keys_len..].as_ptr(), values.as_ptr())
+        });
+        let Tile { start, valid, scales, row, .. } = *tile;
+        Tile { start, valid, pages, ahead: pages, scales, row }
     }
 }

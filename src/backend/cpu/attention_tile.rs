@@ -13,6 +13,7 @@ use half::f16;
 
 use super::attention::TILE;
 use super::attention_pages::Pages;
+use super::attention_softmax::{Masks, softmax};
 use super::lanes::{LANES, Lanes, array_of};
 use super::memory::{CACHE_LINE, prefetch};
 use super::page::{GROUP, hadamard};
@@ -23,7 +24,7 @@ const _: () = assert!(BLOCK_SIZE == LANES, "a page's tokens are the lanes of a s
 
 pub(super) const PAGES: usize = TILE / BLOCK_SIZE;
 /// Row of scores: a tile, and a page that is written when pages are taken two at a time.
-const SCORES: usize = TILE + BLOCK_SIZE;
+pub(super) const SCORES: usize = TILE + BLOCK_SIZE;
 
 /// Queries that are computed together.
 pub(super) struct Block {
@@ -79,7 +80,7 @@ impl Block {
     }
 }
 
-/// Keys `[dim][16]` and values `[16][row]` of the pages of a tile.
+/// Keys and values of the pages of a tile.
 pub(super) type TilePages<E> = [(*const E, *const E); PAGES];
 
 /// Keys and values of 64 positions.
@@ -96,7 +97,7 @@ pub(super) struct Tile<E> {
     /// Scales `[dim / 32][16]` of each page's keys and values, where numbers are multiples of them. Numbers
     /// stay integers, exact in every type: scores are scaled, and weights before they meet values.
     pub(super) scales: [(*const f16, *const f16); PAGES],
-    /// Distance of two tokens' values.
+    /// Distance of two tokens' values in the cache.
     pub(super) row: usize,
 }
 
@@ -157,6 +158,13 @@ impl State {
         tile: &Tile<D::Number>,
         (start, end): (usize, usize),
     ) {
+        for &(keys, values) in tile.ahead.iter().filter(|_| D::SCALED) {
+            // As many bytes of scales stand behind the numbers as a head has dimensions.
+            for at in (0..tile.row).step_by(CACHE_LINE) {
+                prefetch_number::<P, D>(keys, BLOCK_SIZE * tile.row + at);
+                prefetch_number::<P, D>(values, BLOCK_SIZE * tile.row + at);
+            }
+        }
         let mut scores = [[0.0; SCORES]; M];
         let pages = (start / BLOCK_SIZE, end.div_ceil(BLOCK_SIZE));
         for page in (pages.0..pages.1).step_by(T) {
@@ -282,120 +290,6 @@ fn score_pages<P: Product, D: Pages<P>, const M: usize, const T: usize>(
     }
 }
 
-/// What one query sees of the pages `pages.0..pages.1` of a tile.
-pub(super) struct Masks {
-    seen: (usize, usize),
-    start: usize,
-    pages: (usize, usize),
-}
-
-impl Masks {
-    /// Bit `i` is set when position `page + i` lies in `first..=last`.
-    #[inline(always)]
-    pub(super) fn of(page: usize, first: usize, last: usize) -> u16 {
-        let start = first.saturating_sub(page).min(LANES);
-        let end = (last + 1).saturating_sub(page).min(LANES);
-        (((1u32 << end) - 1) & !((1u32 << start) - 1)) as u16
-    }
-
-    #[inline(always)]
-    fn page(&self, index: usize) -> u16 {
-        Self::of(self.start + index * BLOCK_SIZE, self.seen.0, self.seen.1)
-    }
-
-    /// First position of the pages, and the first behind them.
-    fn bounds(&self) -> (usize, usize) {
-        (self.start + self.pages.0 * BLOCK_SIZE, self.start + self.pages.1 * BLOCK_SIZE)
-    }
-
-    /// Whether the query sees a position of the pages; that of an empty slot sees none.
-    fn sees_any(&self) -> bool {
-        let (start, end) = self.bounds();
-        self.seen.0 < end && self.seen.1 >= start
-    }
-
-    fn sees_all(&self) -> bool {
-        let (start, end) = self.bounds();
-        self.seen.0 <= start && self.seen.1 + 1 >= end
-    }
-
-    /// The greatest score that the query sees; `ALL`: it sees all.
-    #[inline(always)]
-    fn greatest<L: Lanes, const ALL: bool>(&self, scores: &[f32; SCORES]) -> f32 {
-        let none = L::splat(f32::NEG_INFINITY);
-        let mut top = none;
-        for page in self.pages.0..self.pages.1 {
-            // SAFETY: a page has 16 scores.
-            let score = unsafe { L::load(scores[page * LANES..][..LANES].as_ptr()) };
-            top = top.max(if ALL { score } else { score.select(self.page(page), none) });
-        }
-        top.greatest()
-    }
-
-    /// Turns scores into weights, and adds them to `sums`, which fade before.
-    #[inline(always)]
-    fn weigh<L: Lanes, const ALL: bool>(
-        &self,
-        scores: &mut [f32; SCORES],
-        sums: &mut [f32],
-        (greatest, decay): (f32, f32),
-    ) {
-        let sums: &mut [f32] = &mut sums[..LANES];
-        // SAFETY: all are 16 values.
-        unsafe {
-            let mut sum = L::load(sums.as_ptr()).mul(L::splat(decay));
-            for page in self.pages.0..self.pages.1 {
-                let scores = &mut scores[page * LANES..][..LANES];
-                let mut weight = L::load(scores.as_ptr()).sub(L::splat(greatest)).exp();
-                if !ALL {
-                    weight = weight.select(self.page(page), L::splat(0.0));
-                }
-                weight.store(scores.as_mut_ptr());
-                sum = sum.add(weight);
-            }
-            sum.store(sums.as_mut_ptr());
-        }
-    }
-}
-
-/// Turns the scores of a block's queries into weights and updates their greatest scores and sums;
-/// returns the factors that the earlier outputs still have to be multiplied with.
-#[inline(always)]
-fn softmax<L: Lanes, const M: usize>(
-    scores: &mut [[f32; SCORES]; M],
-    masks: &[Masks; M],
-    greatest: &mut [f32],
-    sums: &mut [f32],
-) -> [f32; M] {
-    let mut changes = [0.0; LANES];
-    for slot in 0..M {
-        if masks[slot].sees_any() {
-            let top = if masks[slot].sees_all() {
-                masks[slot].greatest::<L, true>(&scores[slot])
-            } else {
-                masks[slot].greatest::<L, false>(&scores[slot])
-            };
-            let before = greatest[slot];
-            greatest[slot] = before.max(top);
-            changes[slot] = before - greatest[slot];
-        }
-    }
-    // SAFETY: 16 values.
-    unsafe { L::load(changes.as_ptr()).exp().store(changes.as_mut_ptr()) };
-    for slot in 0..M {
-        let (scores, sums) = (&mut scores[slot], &mut sums[slot * LANES..]);
-        let scale = (greatest[slot], changes[slot]);
-        if !masks[slot].sees_any() {
-            scores.fill(0.0);
-        } else if masks[slot].sees_all() {
-            masks[slot].weigh::<L, true>(scores, sums, scale);
-        } else {
-            masks[slot].weigh::<L, false>(scores, sums, scale);
-        }
-    }
-    std::array::from_fn(|slot| changes[slot])
-}
-
 /// Multiplies the weights of a page's tokens.
 #[inline(always)]
 fn scale_page<L: Lanes, const M: usize>(weights: &mut [[f32; SCORES]; M], page: usize, scale: L) {
@@ -447,12 +341,14 @@ fn weigh_values<P: Product, D: Pages<P>, const M: usize, const T: usize>(
         let first = page * steps;
         for step in first.max(start / P::STEP)..(first + steps).min(end.div_ceil(P::STEP)) {
             let values = tile.pages[page].1;
-            for row in 0..D::ROWS {
-                let at = D::value(step - first, d, tile.row) + row * tile.row;
-                prefetch_number::<P, D>(tile.ahead[page].1, at);
+            for t in 0..T {
+                let at = D::value(step - first, d + t * LANES, tile.row);
+                for row in 0..D::ROWS {
+                    prefetch_number::<P, D>(tile.ahead[page].1, at + row * tile.row);
+                }
             }
             let whole = (step + 1) * P::STEP <= tile.valid;
-            // SAFETY: a page has the values of each of its steps in rows that are `tile.row` long,
+            // SAFETY: a page has the values of each of its steps where `D::value` says,
             // whole pairs of vectors; a row of weights has a word for each step of the tile.
             unsafe {
                 let lanes = array_of!(t < T => {
@@ -477,7 +373,7 @@ fn weigh_values<P: Product, D: Pages<P>, const M: usize, const T: usize>(
 
 /// Asks for the cache line that starts with number `index` of a page, if one does and the page is not near anyway.
 #[inline(always)]
-fn prefetch_number<P: Product, D: Pages<P>>(page: *const D::Number, index: usize) {
+pub(super) fn prefetch_number<P: Product, D: Pages<P>>(page: *const D::Number, index: usize) {
     if D::STREAMED && (index * size_of::<D::Number>()).is_multiple_of(CACHE_LINE) {
         prefetch(page.wrapping_add(index).cast());
     }
@@ -491,19 +387,5 @@ fn add_products<P: Product, const T: usize>(
 ) {
     for (sum, lanes) in sums.iter_mut().zip(lanes) {
         *sum = P::multiply(lanes, factor, *sum);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn masks_select_what_a_row_sees() {
-        assert_eq!(Masks::of(16, 0, 40), 0xffff);
-        assert_eq!(Masks::of(16, 20, 22), 0b111_0000);
-        assert_eq!(Masks::of(16, 0, 15), 0);
-        assert_eq!(Masks::of(16, 32, 40), 0);
-        assert_eq!(Masks::of(0, 0, 0), 1);
     }
 }

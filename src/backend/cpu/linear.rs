@@ -23,7 +23,6 @@ use super::x86::Avx512;
 #[cfg(target_arch = "x86_64")]
 use super::x86_words::{Integers, Pairs};
 use super::{Arithmetic, Cpu};
-use crate::weights::Encoding;
 
 /// Activations that a block of rows should take, to stay near with a panel; and groups that it has at least, to
 /// share what it takes to unpack one.
@@ -102,12 +101,7 @@ impl Activations {
     ) -> Self {
         let cols = weight.cols.next_multiple_of(8);
         let steps = if arithmetic == Arithmetic::Exact { cols } else { cols / 2 };
-        let summed = |segment: &Segment| match segment.encoding {
-            Encoding::Q4_1 => true,
-            Encoding::Q4_0 => arithmetic == Arithmetic::Integers,
-            _ => false,
-        };
-        let summed = weight.segments.iter().any(summed);
+        let summed = weight.segments.iter().any(Segment::reads_sums);
         let blocks = if summed { cols / 32 } else { 0 };
         let slots: usize = groups.iter().map(|group| group.m).sum();
         let mut words =

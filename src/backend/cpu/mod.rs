@@ -4,6 +4,7 @@
 
 mod attention;
 mod attention_pages;
+mod attention_softmax;
 mod attention_tile;
 mod gemm;
 mod lanes;

@@ -86,6 +86,15 @@ impl Data {
 }
 
 impl Segment {
+    /// Whether its products need the sums of activations: for minima, or for an offset that integers take off last.
+    pub(super) fn reads_sums(&self) -> bool {
+        match self.encoding {
+            Encoding::Q4_1 => true,
+            Encoding::Q4_0 => self.arithmetic == Arithmetic::Integers,
+            _ => false,
+        }
+    }
+
     pub(super) fn panels(&self) -> usize {
         self.rows.div_ceil(PANEL)
     }
