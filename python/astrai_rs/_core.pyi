@@ -14,6 +14,7 @@ __all__ = [
     "__version__",
     "gguf_metadata",
     "inspect",
+    "merge_pairs",
     "system_info",
 ]
 
@@ -166,6 +167,10 @@ class GrammarCompiler:
 
 def gguf_metadata(path: str) -> dict[str, Any]:
     """Every metadata key of a GGUF file, arrays as lists. Token strings that are not UTF-8 come as bytes."""
+
+def merge_pairs(merges: Sequence[Any]) -> list[tuple[str, str]]:
+    """The two tokens of each merge of byte-pair encoding, `"left right"`. CheckpointError names one that is
+    something else."""
 
 def inspect(path: str) -> dict[str, Any]:
     """What a model is: vocab_size, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads,

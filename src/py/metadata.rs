@@ -5,8 +5,10 @@ use std::path::PathBuf;
 
 use pyo3::IntoPyObjectExt;
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::pybacked::PyBackedStr;
+use pyo3::types::{PyDict, PyString};
 
+use super::error::CheckpointError;
 use crate::backend::Backend;
 use crate::checkpoint;
 use crate::checkpoint::gguf::{self, Value};
@@ -41,6 +43,26 @@ fn to_python(py: Python<'_>, value: Value) -> PyResult<Py<PyAny>> {
             items?.into_py_any(py)
         }
     }
+}
+
+/// The two tokens of each merge, from `"left right"`.
+#[pyfunction]
+pub(super) fn merge_pairs<'py>(
+    py: Python<'py>,
+    merges: Vec<Bound<'py, PyAny>>,
+) -> PyResult<Vec<(Bound<'py, PyString>, Bound<'py, PyString>)>> {
+    let pair = |merge: Bound<'py, PyAny>| {
+        let text = merge.extract::<PyBackedStr>().ok();
+        let halves = text.as_ref().and_then(|text| text.split_once(' '));
+        match halves.filter(|(a, b)| !a.is_empty() && !b.is_empty() && !b.contains(' ')) {
+            Some((a, b)) => Ok((PyString::new(py, a), PyString::new(py, b))),
+            None => Err(CheckpointError::new_err(format!(
+                "tokenizer.ggml.merges has {}; each must be two tokens with one space between",
+                merge.repr()?
+            ))),
+        }
+    };
+    merges.into_iter().map(pair).collect()
 }
 
 /// What a model is: sizes, and every tensor as `(name, shape, encoding, bytes)`. No weight is read.

@@ -23,7 +23,7 @@ mod _core {
     #[pymodule_export]
     use super::grammar::{Grammar, GrammarCompiler};
     #[pymodule_export]
-    use super::metadata::{gguf_metadata, inspect, system_info};
+    use super::metadata::{gguf_metadata, inspect, merge_pairs, system_info};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

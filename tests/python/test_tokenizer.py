@@ -78,6 +78,7 @@ def test_gguf_tokens_that_are_not_text():
         ({"tokenizer.ggml.merges": ["ab"]}, CheckpointError, "merges has 'ab'"),
         ({"tokenizer.ggml.merges": ["a b", "a b a", "b"]}, CheckpointError, "merges has 'a b a'"),
         ({"tokenizer.ggml.merges": ["a b", "a "]}, CheckpointError, "merges has 'a '"),
+        ({"tokenizer.ggml.merges": [b"a \xff"]}, CheckpointError, r"merges has b'a \\xff'"),
         ({"tokenizer.ggml.model": "llama"}, CheckpointError, "no tokenizer.ggml.scores"),
     ],
 )
