@@ -25,9 +25,10 @@ use astrai_rs::spec::{
 use astrai_rs::step::{Chunk, ChunkTokens, Forward, LogitRows, Outcome, Step};
 use astrai_rs::weights::{Bytes, Encoding, StoredTensor, Weights};
 
+/// Most sequences of a step.
+const MAX_SEQS: usize = 64;
 /// Tokens that the cache holds.
 const CACHE_TOKENS: usize = MAX_SEQS * 160;
-const MAX_SEQS: usize = 64;
 
 fn smollm2_spec() -> ModelSpec {
     let num_layers = 30;

@@ -47,12 +47,10 @@ pub(crate) struct Attention<'a, E> {
 /// `[tokens, heads * head_dim]`. The runs of the batch cover all rows, in order.
 pub(crate) fn attention<E: PageElement>(cpu: &Cpu, input: &Attention<'_, E>) -> Vec<f32> {
     let mut tasks = input.tasks(cpu.threads());
-    let spans: usize = tasks.iter().map(|task| task.spans.len()).sum();
-    let (all, heaviest) = tasks
-        .iter()
-        .map(Task::weight)
-        .fold((0, 0), |(all, heaviest), weight| (all + weight, weight.max(heaviest)));
-    let uneven = tasks.len() < 4 * cpu.threads() || heaviest * cpu.threads() > all;
+    let spans: usize = tasks.iter().map(|task| task.spans().len()).sum();
+    let weights = || tasks.iter().map(Task::weight);
+    let heaviest = weights().max().unwrap_or(0);
+    let uneven = tasks.len() < 4 * cpu.threads() || heaviest * cpu.threads() > weights().sum();
     let split = uneven && spans > tasks.len();
     let size = input.batch.positions.len() * input.heads.num_heads * input.heads.head_dim;
     // SAFETY: the tasks cover all rows and heads, and each writes all its outputs.
@@ -64,7 +62,7 @@ pub(crate) fn attention<E: PageElement>(cpu: &Cpu, input: &Attention<'_, E>) -> 
                 // What takes longest goes first; of equal tasks the later rows, which see more.
                 tasks.reverse();
                 tasks.sort_by_key(|task| Reverse(task.weight()));
-                let work: Vec<_> = tasks.iter().map(|task| (task, task.spans.clone())).collect();
+                let work: Vec<_> = tasks.iter().map(|task| (task, task.spans())).collect();
                 cpu.pool.run(work.len(), &|index| {
                     let mut state = None;
                     input.run(cpu, TaskKernel::new(cpu, input, &work, index, &mut state));
@@ -82,7 +80,7 @@ fn by_span<E: PageElement>(
     tasks: &[Task<'_>],
     out: Shared<f32>,
 ) {
-    let spans = |task: &Task<'_>| task.spans.clone().map(|span| span..span + 1);
+    let spans = |task: &Task<'_>| task.spans().map(|span| span..span + 1);
     let work: Vec<_> =
         tasks.iter().flat_map(|task| spans(task).map(move |span| (task, span))).collect();
     let mut states: Vec<Option<State>> = work.iter().map(|_| None).collect();
@@ -95,7 +93,7 @@ fn by_span<E: PageElement>(
     let mut states = states.into_iter();
     for task in tasks {
         let mut merged = None;
-        for state in states.by_ref().take(task.spans.len()) {
+        for state in states.by_ref().take(task.spans().len()) {
             cpu.tier.run(Merge { into: &mut merged, state });
         }
         input.write(task, &merged.expect("a task has a span"), out);
@@ -107,16 +105,25 @@ struct Task<'a> {
     run: &'a Run,
     kv_heads: Range<usize>,
     rows: Range<usize>,
-    /// First and last position that any of the rows sees, and the spans that they lie in.
+    /// First and last position that any of the rows sees.
     context: (usize, usize),
-    spans: Range<usize>,
 }
 
 impl Task<'_> {
+    /// Spans that the rows see.
+    fn spans(&self) -> Range<usize> {
+        spans(self.context)
+    }
+
     /// About how long it takes.
     fn weight(&self) -> usize {
-        self.rows.len() * self.kv_heads.len() * self.spans.len()
+        self.rows.len() * self.kv_heads.len() * self.spans().len()
     }
+}
+
+/// Spans of the positions from `first` to `last`.
+fn spans((first, last): (usize, usize)) -> Range<usize> {
+    first / SPAN..last / SPAN + 1
 }
 
 impl<E: PageElement> Attention<'_, E> {
@@ -133,7 +140,6 @@ impl<E: PageElement> Attention<'_, E> {
 
     fn tasks(&self, threads: usize) -> Vec<Task<'_>> {
         let step = (QUERIES / self.group()).max(1);
-        let spans = |(first, last)| first / SPAN..last / SPAN + 1;
         let mut tasks = Vec::new();
         // Heads lie side by side in a page, so one task reads all for a single row, where such rows have spans for all
         // threads.
@@ -147,7 +153,7 @@ impl<E: PageElement> Attention<'_, E> {
                 let context = self.context(rows.clone());
                 for kv_head in (0..self.heads.num_kv_heads).step_by(heads) {
                     let (kv_heads, rows) = (kv_head..kv_head + heads, rows.clone());
-                    tasks.push(Task { run, kv_heads, rows, context, spans: spans(context) });
+                    tasks.push(Task { run, kv_heads, rows, context });
                 }
             }
         }
@@ -296,19 +302,17 @@ impl<E: PageElement> TaskKernel<'_, E> {
             Merge { into: self.state, state: Some(state) }.run::<P::L>();
         }
     }
-}
 
-impl<E: PageElement> TaskKernel<'_, E> {
     /// What is read after a head's tile: the `next` tile, or the first one of the next work.
     #[inline(always)]
     fn ahead<N>(&self, kv_head: usize, next: Option<usize>) -> Option<TilePages<N>> {
-        let (mut task, mut kv_head) = (self.work.0, kv_head);
-        let start = next.or_else(|| {
-            let index = kv_head - task.kv_heads.start;
-            task = self.next?.0;
-            kv_head = task.kv_heads.end.min(task.kv_heads.start + index + 1) - 1;
-            first_tile(self.next?, 0)
-        })?;
+        let task = self.work.0;
+        if let Some(start) = next {
+            return Some(self.input.tile(task, kv_head, start).pages);
+        }
+        let (index, task) = (kv_head - task.kv_heads.start, self.next?.0);
+        let kv_head = (task.kv_heads.start + index).min(task.kv_heads.end - 1);
+        let start = first_tile(self.next?, 0)?;
         Some(self.input.tile(task, kv_head, start).pages)
     }
 }

@@ -178,7 +178,7 @@ fn widened_value<P: Product>(step: usize, d: usize) -> usize {
 /// Words of a [`Scratch`], of numbers `E`.
 pub(super) struct Widened<E>(PhantomData<E>);
 
-impl<L: Lanes, E: PageElement> Pages<Exact<L>> for Widened<E> {
+impl<P: Product, E: PageElement> Pages<P> for Widened<E> {
     type Number = u32;
     const KEYS: usize = LANES;
     const ROWS: usize = 1;
@@ -187,44 +187,17 @@ impl<L: Lanes, E: PageElement> Pages<Exact<L>> for Widened<E> {
 
     #[inline(always)]
     fn value(step: usize, d: usize, _: usize) -> usize {
-        widened_value::<Exact<L>>(step, d)
+        widened_value::<P>(step, d)
     }
     #[inline(always)]
-    unsafe fn keys(p: *const u32) -> L {
+    unsafe fn keys(p: *const u32) -> P::Weights {
         // SAFETY: the caller's contract.
-        unsafe { L::load(p.cast()) }
+        unsafe { P::load(p.cast()) }
     }
     #[inline(always)]
-    unsafe fn values(p: *const u32, _: usize, _: bool) -> L {
+    unsafe fn values(p: *const u32, _: usize, _: bool) -> P::Weights {
         // SAFETY: the caller's contract.
-        unsafe { L::load(p.cast()) }
-    }
-    unsafe fn widen(_: (*const u32, *const u32), _: usize, _: usize, _: (&mut [u32], &mut [u32])) {
-        unreachable!("they are wide")
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-impl<E: PageElement> Pages<PairProduct> for Widened<E> {
-    type Number = u32;
-    const KEYS: usize = LANES;
-    const ROWS: usize = 1;
-    const SCALED: bool = E::SCALED;
-    const STREAMED: bool = false;
-
-    #[inline(always)]
-    fn value(step: usize, d: usize, _: usize) -> usize {
-        widened_value::<PairProduct>(step, d)
-    }
-    #[inline(always)]
-    unsafe fn keys(p: *const u32) -> Pairs {
-        // SAFETY: the caller's contract.
-        unsafe { Pairs::load(p.cast()) }
-    }
-    #[inline(always)]
-    unsafe fn values(p: *const u32, _: usize, _: bool) -> Pairs {
-        // SAFETY: the caller's contract.
-        unsafe { Pairs::load(p.cast()) }
+        unsafe { P::load(p.cast()) }
     }
     unsafe fn widen(_: (*const u32, *const u32), _: usize, _: usize, _: (&mut [u32], &mut [u32])) {
         unreachable!("they are wide")

@@ -84,7 +84,6 @@ impl Block {
 pub(super) type TilePages<E> = [(*const E, *const E); PAGES];
 
 /// Keys and values of 64 positions.
-#[derive(Clone, Copy)]
 pub(super) struct Tile<E> {
     /// Position of the first token, a multiple of 64.
     pub(super) start: usize,

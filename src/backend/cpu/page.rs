@@ -120,6 +120,7 @@ pub(crate) fn write_pages<E: PageElement>(
     let write = |index: usize| {
         let (head, dims) = (index / slices, index % slices * slice);
         let count = slice.min(heads.head_dim - dims);
+        // Tasks differ in head or dimensions, and with that in what they write.
         cpu.tier.run(PageLanes { heads, head, dims, count, qkv, width, batch, keys, values });
     };
     let tasks = heads.num_kv_heads * slices;

@@ -141,8 +141,8 @@ pub(super) trait Integers: PairWords {
     fn from_numbers(numbers: Self::L) -> Self;
     /// Sum of the 32-bit integers.
     fn sum(self) -> i32;
-    /// Numbers times `factor`, rounded to integers within ±32767: sixteen pairs.
-    fn round(numbers: &[f32; 32], factor: f32, pairs: &mut [u32; 32]);
+    /// Numbers times `factor`, rounded to integers within ±32767: sixteen pairs, the first of the words.
+    fn round(numbers: &[f32; 32], factor: f32, words: &mut [u32; 32]);
 }
 
 /// Two ymm registers. Needs AVX2, and AVX-VNNI, which multiplies and adds at once, where `VNNI` says so.
