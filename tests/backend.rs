@@ -254,8 +254,8 @@ fn check_attention(
         let got = backend.paged_attention(&given, heads, attention, &kv, &batch).unwrap();
         let want = reference::paged_attention((&qkv, width), heads, attention, &cache, &batch);
         let tolerance = match (dtype, backend.tier()) {
-            // Weights are rounded to bf16 where pairs of it are multiplied.
-            (candle_core::DType::BF16, "avx512bf16") => 2e-3,
+            // Weights are rounded to bf16 where pairs of it are multiplied: by 2⁻⁹ at most, of values within 1.5.
+            (candle_core::DType::BF16, "avx512bf16") => 3e-3,
             // Where a number lies between two steps, sums in another order may round it to either.
             (candle_core::DType::I16, _) => 1e-3,
             _ => 2e-5,

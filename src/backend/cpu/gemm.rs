@@ -99,16 +99,21 @@ impl PanelTask {
                 }
             }
         }
-        // SAFETY: the caller's contract.
-        unsafe {
-            if P::SCALED {
-                total = array_of!(r < M => {
-                    let scale = P::L::splat(*self.scales.add(r));
-                    array_of!(t < T => total[r][t].mul(scale))
-                });
+        // Rows are written one after the other, from memory: an index that is no constant, in place of these, would keep
+        // the totals there, and store them after each block.
+        let mut numbers = [[[0.0; LANES]; T]; M];
+        for (r, total) in total.iter().enumerate() {
+            for (t, &total) in total.iter().enumerate() {
+                // SAFETY: 16 values; there is a scale for each row.
+                unsafe {
+                    let total =
+                        if P::SCALED { total.mul(P::L::splat(*self.scales.add(r))) } else { total };
+                    total.store(numbers[r][t].as_mut_ptr());
+                }
             }
-            self.write(first, &total);
         }
+        // SAFETY: the caller's contract.
+        unsafe { self.write::<P::L, M, T>(first, &numbers) }
     }
 
     /// # Safety
@@ -117,13 +122,13 @@ impl PanelTask {
     unsafe fn write<L: Lanes, const M: usize, const T: usize>(
         self,
         first: usize,
-        total: &[[L; T]; M],
+        numbers: &[[[f32; LANES]; T]; M],
     ) {
-        for (r, tiles) in total.iter().enumerate() {
+        for (r, tiles) in numbers.iter().enumerate() {
             if r >= self.rows {
                 break;
             }
-            for (t, &lanes) in tiles.iter().enumerate() {
+            for (t, numbers) in tiles.iter().enumerate() {
                 let col = (first + t) * LANES;
                 let cols = self.cols.saturating_sub(col).min(LANES);
                 // SAFETY: `r` is below `rows` and `col + cols` at most `self.cols`.
@@ -133,8 +138,8 @@ impl PanelTask {
                     } else {
                         self.bias.add(col.min(self.cols))
                     };
-                    write_lanes(
-                        lanes,
+                    write_lanes::<L>(
+                        numbers,
                         bias,
                         self.out.add(r * self.stride + col.min(self.cols)),
                         cols,
@@ -242,21 +247,25 @@ unsafe fn scale_block<P: Dot, S: Source<P>, const M: usize, const T: usize>(
     }
 }
 
-/// Writes the first `cols` lanes, plus the bias unless that is null.
+/// Writes the first `cols` numbers, plus the bias unless that is null.
 #[inline(always)]
-unsafe fn write_lanes<L: Lanes>(lanes: L, bias: *const f32, out: *mut f32, cols: usize) {
+unsafe fn write_lanes<L: Lanes>(
+    numbers: &[f32; LANES],
+    bias: *const f32,
+    out: *mut f32,
+    cols: usize,
+) {
     // SAFETY: the caller hands pointers to `cols` values.
     unsafe {
         if cols == LANES {
+            let lanes = L::load(numbers.as_ptr());
             let lanes = if bias.is_null() { lanes } else { lanes.add(L::load(bias)) };
             lanes.store(out);
             return;
         }
-        let mut values = [0.0; LANES];
-        lanes.store(values.as_mut_ptr());
-        for (i, &value) in values[..cols].iter().enumerate() {
+        for (i, &number) in numbers[..cols].iter().enumerate() {
             let bias = if bias.is_null() { 0.0 } else { *bias.add(i) };
-            *out.add(i) = value + bias;
+            *out.add(i) = number + bias;
         }
     }
 }

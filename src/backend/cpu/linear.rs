@@ -11,7 +11,7 @@ use half::bf16;
 use super::gemm::PanelTask;
 #[cfg(target_arch = "x86_64")]
 use super::lanes::LANES;
-use super::lanes::Lanes;
+use super::lanes::{Lanes, array_of};
 use super::memory::{Shared, written_by};
 use super::pack::{PANEL, Packed, Segment, block_bytes, block_len, scales};
 use super::product::{Dot, Exact, ProductKernel, run};
@@ -264,12 +264,28 @@ impl PackGroup<'_> {
                     self.sums[block * m + slot] = C::sum(&converted[slot]);
                 }
             }
-            for (i, words) in words.chunks_exact_mut(m).enumerate() {
-                for (word, converted) in words.iter_mut().zip(&converted) {
-                    *word = converted[i % 32];
-                }
+            match m {
+                8 => interleave::<8>(&converted, words),
+                6 => interleave::<6>(&converted, words),
+                4 => interleave::<4>(&converted, words),
+                2 => interleave::<2>(&converted, words),
+                _ => interleave::<1>(&converted, words),
             }
         }
+    }
+}
+
+/// `[slot][step]` to `[step][slot]`, as many steps as `words` has room for.
+#[inline(always)]
+fn interleave<const M: usize>(converted: &[[u32; 32]; MOST_ROWS], words: &mut [u32]) {
+    let words = words.as_chunks_mut::<M>().0;
+    // Sixteen steps are a whole block, where numbers come in pairs: known, they become shuffles of registers.
+    if let Some(words) = words.as_mut_array::<16>() {
+        *words = array_of!(step < 16 => array_of!(slot < M => converted[slot][step]));
+        return;
+    }
+    for (step, words) in words.iter_mut().enumerate() {
+        *words = array_of!(slot < M => converted[slot][step]);
     }
 }
 
@@ -297,10 +313,14 @@ fn multiply(cpu: &Cpu, weight: &Packed, groups: &[Group], x: &[Activations], out
     let row_bytes = weight.cols.max(1)
         * if x.iter().any(|x| x.arithmetic == Arithmetic::Exact) { 4 } else { 2 };
     let block = (ROW_BLOCK_BYTES / (row_bytes * 8)).max(ROW_BLOCK_GROUPS);
+    // As even as can be.
+    let block = groups.len().div_ceil(groups.len().div_ceil(block).max(1)).max(1);
     let row_blocks: Vec<_> = groups.chunks(block).collect();
     let panels: usize = weight.segments.iter().map(Segment::panels).sum();
     let tasks = (cpu.pool.threads() * 8).div_ceil(row_blocks.len().max(1));
-    let chunk = panels.div_ceil(tasks).max(1);
+    // A panel of many rows takes long enough to be a task, so that no thread waits long for the last one.
+    let most = if block < UNPACK_FROM { usize::MAX } else { 1 };
+    let chunk = panels.div_ceil(tasks).clamp(1, most);
     let chunks = panels.div_ceil(chunk);
     // Weights are packed in the order of the layers.
     if let Some(last) = weight.segments.last() {
