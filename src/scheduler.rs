@@ -84,7 +84,8 @@ impl Scheduler {
         let preempted = self.plan_decodes(&mut left);
         let num_decodes = self.max_num_batched_tokens - left.tokens;
         if num_decodes > 0 {
-            left.tokens = left.tokens.min(num_decodes.max(self.prefill_beside_decode));
+            let prefill = self.num_prompts().saturating_mul(self.prefill_beside_decode);
+            left.tokens = left.tokens.min(num_decodes.max(prefill));
         }
         for sequence in &mut self.running {
             if sequence.planned.is_none() {
@@ -251,6 +252,12 @@ impl Scheduler {
             index += 1;
         }
         preempted
+    }
+
+    /// Sequences that can get on with their prompt in the step that is being planned.
+    fn num_prompts(&self) -> usize {
+        let prefilling = self.running.iter().filter(|sequence| sequence.planned.is_none()).count();
+        prefilling + self.waiting.len().min(self.max_num_seqs.saturating_sub(self.running.len()))
     }
 
     fn preempt_newest(&mut self) {

@@ -181,8 +181,8 @@ impl Backend {
         if self.device.is_cuda() { "cuda" } else { "cpu" }
     }
 
-    /// Prompt tokens that a step with decode rows should compute at most, so that it does not take a
-    /// few times as long as one without.
+    /// Prompt tokens that a step with decode rows should compute at most for each waiting prompt, so that for one it does
+    /// not take a few times as long as without.
     #[must_use]
     pub fn prefill_beside_decode(&self) -> usize {
         if self.device.is_cuda() { 256 } else { 32 }
