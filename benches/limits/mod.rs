@@ -8,6 +8,10 @@ use astrai_rs::backend::Backend;
 use astrai_rs::weights::Encoding;
 use candle_core::Tensor;
 
+/// The wheel's.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Bytes that are read, or copied: far more than any cache holds.
 const BYTES: usize = 1 << 30;
 const ROUNDS: usize = 7;

@@ -413,6 +413,21 @@ impl Backend {
             Kind::Cuda(cuda) => cuda.gather_rows(x, rows),
         }
     }
+
+    /// The numbers of `x`, f32, row by row. On a CPU they are taken, not copied: nobody else may have the tensor.
+    pub fn into_floats(&self, x: Tensor) -> Result<Vec<f32>> {
+        check::rows("x", &x, None, F32)?;
+        match &self.kind {
+            Kind::Cpu(_) => {
+                let floats = ops::TakeFloats::default();
+                x.inplace_op1(&floats)?;
+                drop(x);
+                Ok(floats.0.into_inner())
+            }
+            #[cfg(feature = "cuda")]
+            Kind::Cuda(_) => Ok(x.flatten_all()?.to_vec1()?),
+        }
+    }
 }
 
 const F32: candle_core::DType = candle_core::DType::F32;

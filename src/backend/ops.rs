@@ -123,6 +123,25 @@ impl CustomOp1 for GatedSilu<'_> {
     }
 }
 
+/// Takes the numbers of a tensor, which has none then.
+#[derive(Default)]
+pub(super) struct TakeFloats(pub(super) RefCell<Vec<f32>>);
+
+impl InplaceOp1 for TakeFloats {
+    fn name(&self) -> &'static str {
+        "take_floats"
+    }
+
+    fn cpu_fwd(&self, x: &mut CpuStorage, layout: &Layout) -> CandleResult<()> {
+        let (start, end) = contiguous(layout)?;
+        self.0.replace(match x {
+            CpuStorage::F32(values) if values.len() == end - start => std::mem::take(values),
+            _ => floats(x, layout)?.to_vec(),
+        });
+        Ok(())
+    }
+}
+
 pub(super) struct GatherRows<'a> {
     pub(super) rows: &'a [u32],
 }

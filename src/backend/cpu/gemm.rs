@@ -10,14 +10,10 @@ use std::hint::black_box;
 use half::f16;
 
 use super::lanes::{LANES, Lanes, array_of};
-use super::memory::{CACHE_LINE, prefetch};
+use super::memory::prefetch_stream;
 use super::pack::PANEL;
 use super::product::Dot;
 use super::source::Source;
-
-/// How far ahead weights are asked for, in bytes: further than the machine's own prefetcher goes, and past the end of
-/// the panel to the next.
-const PREFETCH_DISTANCE: usize = 1024;
 
 /// One panel times one group of rows.
 #[derive(Clone, Copy)]
@@ -79,7 +75,9 @@ impl PanelTask {
             // SAFETY: the panel holds `blocks` blocks, and `x` the steps of each.
             unsafe {
                 let scales = self.panel.add(block * block_bytes);
-                prefetch_ahead::<P, S, M>(scales, S::SCALES * PANEL * 2, first);
+                if S::STREAMED && first == 0 {
+                    prefetch_stream(scales, block_bytes);
+                }
                 let groups = scales.add(S::SCALES * PANEL * 2);
                 let sums = self.sums.wrapping_add(block * M);
                 let mut part = array_of!(r < M => if S::SCALES == 0 {
@@ -150,20 +148,6 @@ impl PanelTask {
     }
 }
 
-/// Asks for as many bytes as are read at `from`; once for both tiles, and not for many rows, which take long.
-#[inline(always)]
-fn prefetch_ahead<P: Dot, S: Source<P>, const M: usize>(
-    from: *const u8,
-    bytes: usize,
-    first: usize,
-) {
-    if S::STREAMED && M <= 4 && first == 0 {
-        for line in (0..bytes).step_by(CACHE_LINE) {
-            prefetch(from.wrapping_add(PREFETCH_DISTANCE + line));
-        }
-    }
-}
-
 /// Adds the products of one group to `part`; returns the activations behind it.
 ///
 /// # Safety
@@ -177,7 +161,6 @@ unsafe fn multiply_group<P: Dot, S: Source<P>, const M: usize, const T: usize>(
 ) -> *const u32 {
     // SAFETY: the caller hands a whole group, and the activations of all its steps.
     unsafe {
-        prefetch_ahead::<P, S, M>(group, S::BYTES, first);
         let raw = array_of!(t < T => S::raw(group, first + t));
         if P::L::WIDE || M == 1 {
             // Written out, so that each step's shift is a constant.

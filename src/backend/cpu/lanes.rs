@@ -80,6 +80,13 @@ pub(crate) trait Lanes: Copy + 'static {
     fn sum(self) -> f32;
     /// Greatest lane.
     fn greatest(self) -> f32;
+    /// Sixteen words of each of eight rows, `[row][word]` → `[word][row]`.
+    #[inline(always)]
+    fn interleave(rows: [&[u32; LANES]; 8], words: &mut [u32; 8 * LANES]) {
+        for (word, eight) in words.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+            *eight = array_of!(row < 8 => rows[row][word]);
+        }
+    }
 
     /// `e^x` to about 2 ulp, exactly 1 at 0; the argument is held within ±87.
     #[inline(always)]

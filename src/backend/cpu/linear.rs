@@ -9,9 +9,7 @@ use std::sync::{Mutex, PoisonError};
 use half::bf16;
 
 use super::gemm::PanelTask;
-#[cfg(target_arch = "x86_64")]
-use super::lanes::LANES;
-use super::lanes::{Lanes, array_of};
+use super::lanes::{LANES, Lanes, array_of};
 use super::memory::{Shared, written_by};
 use super::pack::{PANEL, Packed, Segment, block_bytes, block_len, scales};
 use super::product::{Dot, Exact, ProductKernel, run};
@@ -141,6 +139,7 @@ struct PackGroup<'a> {
 }
 
 trait Convert {
+    type L: Lanes;
     /// Columns of a word.
     const STEP: usize;
     /// The scale of a row. As [`Self::convert`], it must be inlined into [`ProductKernel`]'s methods.
@@ -149,7 +148,7 @@ trait Convert {
         1.0
     }
     /// 32 columns of a row of that scale; the first `32 / STEP` words count.
-    fn convert(columns: &[f32; 32], scale: f32) -> [u32; 32];
+    fn convert(columns: &[f32; 32], scale: f32, words: &mut [u32; 32]);
     /// Sum of what the words stand for, in units of the row's scale.
     fn sum(words: &[u32; 32]) -> f32;
 }
@@ -158,11 +157,12 @@ trait Convert {
 struct Copy<L>(PhantomData<L>);
 
 impl<L: Lanes> Convert for Copy<L> {
+    type L = L;
     const STEP: usize = 1;
 
     #[inline(always)]
-    fn convert(columns: &[f32; 32], _: f32) -> [u32; 32] {
-        columns.map(f32::to_bits)
+    fn convert(columns: &[f32; 32], _: f32, words: &mut [u32; 32]) {
+        *words = columns.map(f32::to_bits);
     }
     #[inline(always)]
     fn sum(words: &[u32; 32]) -> f32 {
@@ -178,14 +178,13 @@ struct Round;
 
 #[cfg(target_arch = "x86_64")]
 impl Convert for Round {
+    type L = Avx512;
     const STEP: usize = 2;
 
     #[inline(always)]
-    fn convert(columns: &[f32; 32], _: f32) -> [u32; 32] {
-        let mut words = [0; 32];
+    fn convert(columns: &[f32; 32], _: f32, words: &mut [u32; 32]) {
         // SAFETY: 32 values are rounded to 16 words.
         unsafe { Pairs::round(columns.as_ptr(), words.as_mut_ptr()) };
-        words
     }
     #[inline(always)]
     fn sum(words: &[u32; 32]) -> f32 {
@@ -209,6 +208,7 @@ struct RoundToIntegers<I>(PhantomData<I>);
 
 #[cfg(target_arch = "x86_64")]
 impl<I: Integers> Convert for RoundToIntegers<I> {
+    type L = I::L;
     const STEP: usize = 2;
 
     #[inline(always)]
@@ -227,10 +227,8 @@ impl<I: Integers> Convert for RoundToIntegers<I> {
     }
 
     #[inline(always)]
-    fn convert(columns: &[f32; 32], scale: f32) -> [u32; 32] {
-        let mut words = [0; 32];
-        I::round(columns, if scale > LEAST { 1.0 / scale } else { 0.0 }, &mut words);
-        words
+    fn convert(columns: &[f32; 32], scale: f32, words: &mut [u32; 32]) {
+        I::round(columns, if scale > LEAST { 1.0 / scale } else { 0.0 }, words);
     }
     #[inline(always)]
     fn sum(words: &[u32; 32]) -> f32 {
@@ -253,19 +251,19 @@ impl PackGroup<'_> {
         for (block, words) in self.words.chunks_mut(32 / C::STEP * m).enumerate() {
             for (slot, &scale) in self.scales.iter().enumerate() {
                 let rest = rows[slot].get(block * 32..).unwrap_or(&[]);
-                converted[slot] = if let Some(columns) = rest.first_chunk() {
-                    C::convert(columns, scale)
+                if let Some(columns) = rest.first_chunk() {
+                    C::convert(columns, scale, &mut converted[slot]);
                 } else {
                     let mut columns = [0.0; 32];
                     columns[..rest.len()].copy_from_slice(rest);
-                    C::convert(&columns, scale)
-                };
+                    C::convert(&columns, scale, &mut converted[slot]);
+                }
                 if !self.sums.is_empty() {
                     self.sums[block * m + slot] = C::sum(&converted[slot]);
                 }
             }
             match m {
-                8 => interleave::<8>(&converted, words),
+                8 => interleave_eight::<C::L>(&converted, words),
                 6 => interleave::<6>(&converted, words),
                 4 => interleave::<4>(&converted, words),
                 2 => interleave::<2>(&converted, words),
@@ -278,14 +276,23 @@ impl PackGroup<'_> {
 /// `[slot][step]` to `[step][slot]`, as many steps as `words` has room for.
 #[inline(always)]
 fn interleave<const M: usize>(converted: &[[u32; 32]; MOST_ROWS], words: &mut [u32]) {
-    let words = words.as_chunks_mut::<M>().0;
-    // Sixteen steps are a whole block, where numbers come in pairs: known, they become shuffles of registers.
-    if let Some(words) = words.as_mut_array::<16>() {
-        *words = array_of!(step < 16 => array_of!(slot < M => converted[slot][step]));
-        return;
-    }
-    for (step, words) in words.iter_mut().enumerate() {
+    for (step, words) in words.as_chunks_mut::<M>().0.iter_mut().enumerate() {
         *words = array_of!(slot < M => converted[slot][step]);
+    }
+}
+
+/// The same for eight slots, sixteen steps at once.
+#[inline(always)]
+fn interleave_eight<L: Lanes>(converted: &[[u32; 32]; MOST_ROWS], words: &mut [u32]) {
+    for (part, words) in words.chunks_mut(8 * LANES).enumerate() {
+        let rows = array_of!(slot < 8 => &converted[slot].as_chunks().0[part]);
+        if let Some(words) = words.as_mut_array() {
+            L::interleave(rows, words);
+        } else {
+            let mut whole = [0; 8 * LANES];
+            L::interleave(rows, &mut whole);
+            words.copy_from_slice(&whole[..words.len()]);
+        }
     }
 }
 

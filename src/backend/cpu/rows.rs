@@ -47,7 +47,7 @@ pub(crate) fn add_rms_norm(
             let (start, len) = (first * cols, count * cols);
             // SAFETY: the rows of different tasks are disjoint.
             let (sum, out) = unsafe { (residual.part(start, len), out.part(start, len)) };
-            cpu.tier.run(Zip { a: sum, b: &x[start..start + len], f: AddLanes });
+            cpu.tier.run(Zip { out: sum, a: None, b: &x[start..start + len], f: AddLanes });
             cpu.tier.run(Norm { x: sum, weight, eps, out });
         });
     };
@@ -64,8 +64,7 @@ pub(crate) fn gated_silu(cpu: &Cpu, x: &[f32], width: usize) -> Vec<f32> {
                 let (gate, up) = x[row * 2 * width..][..2 * width].split_at(width);
                 // SAFETY: the rows of different tasks are disjoint.
                 let out = unsafe { out.part(row * width, width) };
-                out.copy_from_slice(gate);
-                cpu.tier.run(Zip { a: out, b: up, f: SiluGate });
+                cpu.tier.run(Zip { out, a: Some(gate), b: up, f: SiluGate });
             }
         });
     };
@@ -87,7 +86,7 @@ pub(crate) fn sigmoid_gate(
             // SAFETY: the rows of different tasks are disjoint.
             let out = unsafe { out.part(row * width, width) };
             let gate = &gate[row * gate_width + offset..][..width];
-            cpu.tier.run(Zip { a: out, b: gate, f: SigmoidGate });
+            cpu.tier.run(Zip { out, a: None, b: gate, f: SigmoidGate });
         }
     });
 }
@@ -132,9 +131,10 @@ trait OfTwo: Copy {
     fn call<L: Lanes>(self, a: L, b: L) -> L;
 }
 
-/// `a = f(a, b)`, number by number.
+/// `out = f(a, b)`, number by number; without `a`, `out` is that.
 struct Zip<'a, F> {
-    a: &'a mut [f32],
+    out: &'a mut [f32],
+    a: Option<&'a [f32]>,
     b: &'a [f32],
     f: F,
 }
@@ -142,21 +142,24 @@ struct Zip<'a, F> {
 impl<F: OfTwo> Kernel for Zip<'_, F> {
     #[inline(always)]
     fn run<L: Lanes>(self) {
-        let (mut a, mut b) = (self.a.chunks_exact_mut(LANES), self.b.chunks_exact(LANES));
-        for (a, b) in (&mut a).zip(&mut b) {
-            // SAFETY: both are 16 values.
-            unsafe { self.f.call(L::load(a.as_ptr()), L::load(b.as_ptr())).store(a.as_mut_ptr()) }
-        }
-        let (a, b) = (a.into_remainder(), b.remainder());
-        let mut values = [[0.0; LANES]; 2];
-        values[0][..a.len()].copy_from_slice(a);
-        values[1][..b.len()].copy_from_slice(b);
-        // SAFETY: all are 16 values.
+        let (len, out) = (self.out.len(), self.out.as_mut_ptr());
+        let a = self.a.map_or(out.cast_const(), <[f32]>::as_ptr);
+        let b = self.b.as_ptr();
+        assert!(self.b.len() == len && self.a.is_none_or(|a| a.len() == len), "of one length");
+        let whole = len / LANES * LANES;
+        // SAFETY: 16 values from a multiple of 16 below `whole`, or the rest; `out` is only written where it has been
+        // read.
         unsafe {
+            for i in (0..whole).step_by(LANES) {
+                self.f.call(L::load(a.add(i)), L::load(b.add(i))).store(out.add(i));
+            }
+            let mut values = [[0.0; LANES]; 2];
+            a.add(whole).copy_to_nonoverlapping(values[0].as_mut_ptr(), len - whole);
+            b.add(whole).copy_to_nonoverlapping(values[1].as_mut_ptr(), len - whole);
             let result = self.f.call(L::load(values[0].as_ptr()), L::load(values[1].as_ptr()));
             result.store(values[0].as_mut_ptr());
+            out.add(whole).copy_from_nonoverlapping(values[0].as_ptr(), len - whole);
         }
-        a.copy_from_slice(&values[0][..a.len()]);
     }
 }
 

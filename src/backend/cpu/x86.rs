@@ -6,7 +6,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::lanes::Lanes;
+use super::lanes::{LANES, Lanes, array_of};
 
 /// Integers 0 to 15 as f32, the table behind 4-bit weights.
 const NIBBLES: [f32; 16] = [0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.];
@@ -113,6 +113,41 @@ impl Lanes for Avx512 {
     #[inline(always)]
     fn greatest(self) -> f32 {
         intrinsic!(_mm512_reduce_max_ps(self.0))
+    }
+    #[inline(always)]
+    fn interleave(rows: [&[u32; LANES]; 8], words: &mut [u32; 8 * LANES]) {
+        intrinsic!({
+            let rows = array_of!(i < 8 => _mm512_loadu_si512(rows[i].as_ptr().cast()));
+            // Each 128 bits, which hold four words of a row, become two words of two rows, then one of four.
+            let twos = array_of!(i < 4 => {
+                let (a, b) = (rows[2 * i], rows[2 * i + 1]);
+                [_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b)]
+            });
+            // By the halves of the words, the halves of the rows, and the words.
+            let fours = array_of!(half < 2 => array_of!(i < 2 => {
+                let (a, b) = (twos[2 * i][half], twos[2 * i + 1][half]);
+                [_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b)]
+            }));
+            for (half, [low, high]) in fours.into_iter().enumerate() {
+                // Words 4j + 2 half and the next, for each 128 bits j.
+                let even = [
+                    _mm512_shuffle_i32x4::<0x44>(low[0], high[0]),
+                    _mm512_shuffle_i32x4::<0xee>(low[0], high[0]),
+                ];
+                let odd = [
+                    _mm512_shuffle_i32x4::<0x44>(low[1], high[1]),
+                    _mm512_shuffle_i32x4::<0xee>(low[1], high[1]),
+                ];
+                for i in 0..2 {
+                    // Words 8i + 2 half and the next, then those four further on.
+                    let to = words.as_mut_ptr().add(8 * (8 * i + 2 * half));
+                    let a = _mm512_shuffle_i32x4::<0x88>(even[i], odd[i]);
+                    let b = _mm512_shuffle_i32x4::<0xdd>(even[i], odd[i]);
+                    _mm512_storeu_si512(to.cast(), a);
+                    _mm512_storeu_si512(to.add(32).cast(), b);
+                }
+            }
+        });
     }
 }
 
