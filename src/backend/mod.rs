@@ -293,7 +293,7 @@ impl Backend {
         check::rows("x", x, Some(weight.in_features()), self.activation_dtype())?;
         match (&self.kind, &weight.packed) {
             (Kind::Cpu(cpu), Packed::Cpu(weight)) => {
-                Ok(x.apply_op1_no_bwd(&ops::Linear { cpu, weight })?)
+                Ok(x.apply_op1_no_bwd(&ops::Linear { cpu, weight, gated: false })?)
             }
             #[cfg(feature = "cuda")]
             (Kind::Cuda(cuda), Packed::Cuda(matrix)) => cuda.linear(x, matrix, out),
@@ -383,20 +383,26 @@ impl Backend {
         }
     }
 
-    /// [`Self::gated_activation`] of [`Self::linear`], which some devices do in one.
+    /// [`Self::gated_activation`] of [`Self::linear`], in one where the device can.
     pub fn gated_linear(
         &self,
         x: &Tensor,
         weight: &Linear,
         activation: Activation,
     ) -> Result<Tensor> {
-        #[cfg(feature = "cuda")]
-        if let (Kind::Cuda(cuda), Packed::Cuda(matrix)) = (&self.kind, &weight.packed) {
-            let Activation::Silu = activation;
-            check::rows("x", x, Some(weight.in_features()), self.activation_dtype())?;
-            if let Some(out) = cuda.gated_linear(x, matrix)? {
-                return Ok(out);
+        let Activation::Silu = activation;
+        check::rows("x", x, Some(weight.in_features()), self.activation_dtype())?;
+        match (&self.kind, &weight.packed) {
+            (Kind::Cpu(cpu), Packed::Cpu(weight)) if weight.has_halves() => {
+                return Ok(x.apply_op1_no_bwd(&ops::Linear { cpu, weight, gated: true })?);
             }
+            #[cfg(feature = "cuda")]
+            (Kind::Cuda(cuda), Packed::Cuda(matrix)) => {
+                if let Some(out) = cuda.gated_linear(x, matrix)? {
+                    return Ok(out);
+                }
+            }
+            _ => {}
         }
         self.gated_activation(&self.linear(x, weight)?, activation)
     }

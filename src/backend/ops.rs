@@ -43,6 +43,8 @@ fn width(layout: &Layout) -> usize {
 pub(super) struct Linear<'a> {
     pub(super) cpu: &'a Cpu,
     pub(super) weight: &'a Packed,
+    /// Whether the first half of the outputs gates the second.
+    pub(super) gated: bool,
 }
 
 impl CustomOp1 for Linear<'_> {
@@ -51,8 +53,13 @@ impl CustomOp1 for Linear<'_> {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> CandleResult<(CpuStorage, Shape)> {
-        let out = cpu::linear(self.cpu, floats(x, layout)?, self.weight);
-        Ok((CpuStorage::F32(out), (layout.dims()[0], self.weight.rows()).into()))
+        let (x, rows) = (floats(x, layout)?, layout.dims()[0]);
+        let (out, width) = if self.gated {
+            (cpu::gated_linear(self.cpu, x, self.weight), self.weight.rows() / 2)
+        } else {
+            (cpu::linear(self.cpu, x, self.weight), self.weight.rows())
+        };
+        Ok((CpuStorage::F32(out), (rows, width).into()))
     }
 }
 

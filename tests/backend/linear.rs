@@ -2,6 +2,7 @@
 
 use astrai_rs::backend::reference;
 use astrai_rs::config::DType;
+use astrai_rs::spec::Activation;
 use astrai_rs::weights::Encoding;
 use candle_core::Tensor;
 
@@ -192,6 +193,33 @@ fn integers_hide_no_broken_activations() {
             let x = tensor(&[small; 64], &[1, 64]);
             let got = values(&backend.linear(&x, &packed).unwrap());
             assert!(got.iter().all(|x| x.abs() < 1e-30), "{} {small} {got:?}", backend.tier());
+        }
+    }
+}
+
+#[test]
+fn gates_in_a_projection_are_those_after_it() {
+    let mut random = Random::new(17);
+    for backend in backends(2, DType::Auto) {
+        for (width, encodings) in [
+            (64, [Encoding::Q4_0; 2]),
+            (96, [Encoding::BF16; 2]),
+            (32, [Encoding::Q4_1, Encoding::Q8_0]),
+            (48, [Encoding::F32; 2]), // which share a panel
+            (20, [Encoding::Q8_0, Encoding::BF16]),
+        ] {
+            let parts = encodings.map(|encoding| stored(&mut random, &[width, 96], encoding));
+            let bias = (width % 32 == 0).then(|| random.floats(2 * width));
+            let packed = backend.pack(&parts, bias).unwrap();
+            for rows in [1, 3, 9, 40] {
+                let x = tensor(&random.floats(rows * 96), &[rows, 96]);
+                let both = backend.linear(&x, &packed).unwrap();
+                let want = backend.gated_activation(&both, Activation::Silu).unwrap();
+                let got = backend.gated_linear(&x, &packed, Activation::Silu).unwrap();
+                assert_eq!(got.dims(), [rows, width]);
+                let what = format!("{} {encodings:?} {rows}x{width}", backend.tier());
+                assert_eq!(bits(&got), bits(&want), "{what}");
+            }
         }
     }
 }

@@ -13,6 +13,7 @@ use super::lanes::{LANES, Lanes, array_of};
 use super::memory::prefetch_stream;
 use super::pack::PANEL;
 use super::product::Dot;
+use super::rows::silu_gate;
 use super::source::Source;
 
 /// One panel times one group of rows.
@@ -31,6 +32,8 @@ pub(super) struct PanelTask {
     pub(super) bias: *const f32,
     /// Output of the first row and the panel's first column.
     pub(super) out: *mut f32,
+    /// Whether the output holds gates, whose activation is multiplied with what would be written; panels are whole then.
+    pub(super) gated: bool,
     /// Distance of two output rows.
     pub(super) stride: usize,
     /// Output rows and columns that exist, at most `M` and 32.
@@ -131,19 +134,35 @@ impl PanelTask {
                 let cols = self.cols.saturating_sub(col).min(LANES);
                 // SAFETY: `r` is below `rows` and `col + cols` at most `self.cols`.
                 unsafe {
-                    let bias = if self.bias.is_null() {
-                        self.bias
-                    } else {
-                        self.bias.add(col.min(self.cols))
-                    };
-                    write_lanes::<L>(
-                        numbers,
-                        bias,
-                        self.out.add(r * self.stride + col.min(self.cols)),
-                        cols,
-                    );
+                    let col = col.min(self.cols);
+                    let bias = if self.bias.is_null() { self.bias } else { self.bias.add(col) };
+                    let out = self.out.add(r * self.stride + col);
+                    if cols == LANES {
+                        self.write_lanes::<L>(numbers, bias, out);
+                        continue;
+                    }
+                    for (i, &number) in numbers[..cols].iter().enumerate() {
+                        let bias = if bias.is_null() { 0.0 } else { *bias.add(i) };
+                        *out.add(i) = number + bias;
+                    }
                 }
             }
+        }
+    }
+
+    /// Sixteen numbers.
+    #[inline(always)]
+    unsafe fn write_lanes<L: Lanes>(self, numbers: &[f32; LANES], bias: *const f32, out: *mut f32) {
+        // SAFETY: the caller hands pointers to as many numbers.
+        unsafe {
+            let mut lanes = L::load(numbers.as_ptr());
+            if !bias.is_null() {
+                lanes = lanes.add(L::load(bias));
+            }
+            if self.gated {
+                lanes = silu_gate(L::load(out), lanes);
+            }
+            lanes.store(out);
         }
     }
 }
@@ -226,29 +245,6 @@ unsafe fn scale_block<P: Dot, S: Source<P>, const M: usize, const T: usize>(
                     total[t] = minimum.fma(P::L::splat(*sums.add(r)), total[t]);
                 }
             }
-        }
-    }
-}
-
-/// Writes the first `cols` numbers, plus the bias unless that is null.
-#[inline(always)]
-unsafe fn write_lanes<L: Lanes>(
-    numbers: &[f32; LANES],
-    bias: *const f32,
-    out: *mut f32,
-    cols: usize,
-) {
-    // SAFETY: the caller hands pointers to `cols` values.
-    unsafe {
-        if cols == LANES {
-            let lanes = L::load(numbers.as_ptr());
-            let lanes = if bias.is_null() { lanes } else { lanes.add(L::load(bias)) };
-            lanes.store(out);
-            return;
-        }
-        for (i, &number) in numbers[..cols].iter().enumerate() {
-            let bias = if bias.is_null() { 0.0 } else { *bias.add(i) };
-            *out.add(i) = number + bias;
         }
     }
 }

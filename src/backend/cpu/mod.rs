@@ -2,6 +2,7 @@
 //! tried, kept and dropped.
 #![allow(clippy::inline_always)] // A kernel only gets its CPU features by being inlined; see `tier`.
 
+mod activations;
 mod attention;
 mod attention_pages;
 mod attention_softmax;
@@ -29,7 +30,7 @@ mod x86_words;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 pub(crate) use attention::{Attention, attention};
-pub(crate) use linear::linear;
+pub(crate) use linear::{gated_linear, linear};
 pub(crate) use memory::untouched_zeros;
 pub(crate) use memory_limit::memory_limit;
 pub(crate) use pack::{Packed, pack};

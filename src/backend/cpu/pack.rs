@@ -15,6 +15,7 @@
 #![allow(unsafe_code)] // Threads pack disjoint panels of one buffer.
 
 use std::borrow::Cow;
+use std::ops::Range;
 
 use half::{bf16, f16};
 
@@ -47,6 +48,26 @@ impl Packed {
 
     pub(crate) fn cols(&self) -> usize {
         self.cols
+    }
+
+    /// Whether both halves of the rows are panels of their own.
+    pub(crate) fn has_halves(&self) -> bool {
+        self.rows.is_multiple_of(2 * PANEL)
+            && self.segments.iter().all(|segment| segment.start.is_multiple_of(PANEL))
+    }
+
+    /// The panels `range` of all, by segment and counted within it.
+    pub(super) fn segments_of(
+        &self,
+        range: Range<usize>,
+    ) -> impl Iterator<Item = (&Segment, Range<usize>)> {
+        let mut first = 0;
+        self.segments.iter().filter_map(move |segment| {
+            let (start, end) = (first, first + segment.panels());
+            first = end;
+            let range = range.start.max(start)..range.end.min(end);
+            (!range.is_empty()).then(|| (segment, range.start - start..range.end - start))
+        })
     }
 }
 

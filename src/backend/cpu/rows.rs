@@ -11,7 +11,8 @@ const TASK: usize = 16 << 10;
 
 /// Calls `task(first, count)` for parts of `rows`, on the caller alone when there is little to do.
 pub(super) fn for_rows(cpu: &Cpu, rows: usize, cols: usize, task: &(dyn Fn(usize, usize) + Sync)) {
-    let step = (TASK / cols.max(1)).max(1);
+    // As even as can be.
+    let step = rows.div_ceil((rows * cols).div_ceil(TASK).max(1)).max(1);
     cpu.pool.run(rows.div_ceil(step), &|index| {
         let first = index * step;
         task(first, step.min(rows - first));
@@ -169,6 +170,12 @@ fn sigmoid<L: Lanes>(x: L) -> L {
     one.div(one.add(L::splat(0.0).sub(x).exp()))
 }
 
+/// `silu(gate) * up`.
+#[inline(always)]
+pub(super) fn silu_gate<L: Lanes>(gate: L, up: L) -> L {
+    gate.mul(sigmoid(gate)).mul(up)
+}
+
 #[derive(Clone, Copy)]
 struct AddLanes;
 impl OfTwo for AddLanes {
@@ -183,7 +190,7 @@ struct SiluGate;
 impl OfTwo for SiluGate {
     #[inline(always)]
     fn call<L: Lanes>(self, gate: L, up: L) -> L {
-        gate.mul(sigmoid(gate)).mul(up)
+        silu_gate(gate, up)
     }
 }
 
