@@ -8,7 +8,8 @@ use astrai_rs::backend::Backend;
 use astrai_rs::weights::Encoding;
 use candle_core::Tensor;
 
-/// The wheel's.
+/// The wheel's, which the library brings itself where it is built for Python.
+#[cfg(not(feature = "python"))]
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
