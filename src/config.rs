@@ -115,8 +115,9 @@ pub struct EngineConfig {
     pub max_num_seqs: usize,
     /// Most tokens computed in one step.
     pub max_num_batched_tokens: usize,
-    /// Most prompt tokens in a step that has decode rows, for each sequence that has a prompt to compute, unless there
-    /// are more decode rows: running requests shall not wait long for the prompts of others, nor many prompts for them.
+    /// Most prompt tokens in a step that has decode rows, times the sequences that have a prompt to compute, eight at most;
+    /// the oldest take them first. As many as there are decode rows in any case. Running requests shall not wait long
+    /// for the prompts of others, nor many prompts for them.
     pub prefill_beside_decode: usize,
     /// Cache blocks of [`BLOCK_SIZE`] tokens.
     pub num_blocks: usize,

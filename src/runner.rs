@@ -258,7 +258,7 @@ impl Forward for Runner {
             return Ok(Outcome::Ready(Logits { vocab_size, ..Logits::default() }));
         };
         if draws.is_empty() {
-            let values = self.backend.into_floats(logits)?;
+            let values = self.backend.take_floats(logits)?;
             return Ok(Outcome::Ready(Logits { values, vocab_size, drawn: Vec::new() }));
         }
         let draws = self.backend.draw(&logits, &draws)?;
@@ -266,7 +266,7 @@ impl Forward for Runner {
         if wanted.is_empty() {
             return Ok(Outcome::Running(Box::new(Drawing { draws, vocab_size })));
         }
-        let values = self.backend.into_floats(self.backend.gather_rows(&logits, &wanted)?)?;
+        let values = self.backend.take_floats(self.backend.gather_rows(&logits, &wanted)?)?;
         Ok(Outcome::Ready(Logits { values, vocab_size, drawn: draws.wait()? }))
     }
 

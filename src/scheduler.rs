@@ -19,6 +19,10 @@ use crate::step::LogitRows;
 /// Most floats that the logits of one step should hold: 64 MiB.
 const MAX_LOGITS: usize = 16 << 20;
 
+/// Most prompts for which a step beside decode rows computes tokens, however many wait: it bounds the time between two
+/// tokens of running requests.
+const MAX_PROMPTS: usize = 8;
+
 /// Decides what each step computes, and owns every sequence and the cache's bookkeeping.
 #[derive(Debug)]
 pub struct Scheduler {
@@ -84,7 +88,8 @@ impl Scheduler {
         let preempted = self.plan_decodes(&mut left);
         let num_decodes = self.max_num_batched_tokens - left.tokens;
         if num_decodes > 0 {
-            let prefill = self.num_prompts().saturating_mul(self.prefill_beside_decode);
+            let prompts = self.num_prompts(!preempted).min(MAX_PROMPTS);
+            let prefill = self.prefill_beside_decode.saturating_mul(prompts);
             left.tokens = left.tokens.min(num_decodes.max(prefill));
         }
         for sequence in &mut self.running {
@@ -254,10 +259,12 @@ impl Scheduler {
         preempted
     }
 
-    /// Sequences that can get on with their prompt in the step that is being planned.
-    fn num_prompts(&self) -> usize {
+    /// Sequences without a place in the planned step that have a prompt to compute; those that wait for a seat that is
+    /// free, where `may_admit`.
+    fn num_prompts(&self, may_admit: bool) -> usize {
         let prefilling = self.running.iter().filter(|sequence| sequence.planned.is_none()).count();
-        prefilling + self.waiting.len().min(self.max_num_seqs.saturating_sub(self.running.len()))
+        let seats = self.max_num_seqs.saturating_sub(self.running.len());
+        prefilling + if may_admit { self.waiting.len().min(seats) } else { 0 }
     }
 
     fn preempt_newest(&mut self) {

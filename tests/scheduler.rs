@@ -53,12 +53,18 @@ fn running_requests_do_not_wait_for_long_prompts() {
     let few = EngineConfig { prefill_beside_decode: 2, ..budget(6) };
     let requests = [(3, greedy(5)), (10, greedy(1))];
     check(&few, &requests, &["0+3 0+3.", "3+1 3+2.", "4+1 5+2.", "5+1 7+2.", "6+1 9+1"]);
-    // Two prompts wait: two tokens for each, in the order that they came.
+    // Two prompts wait: two tokens for each of them, which the oldest takes first.
     let requests = [(6, greedy(4)), (5, greedy(1)), (4, greedy(1))];
     check(&few, &requests, &["0+6", "6+1 0+4.", "7+1 4+1 0+2.", "8+1 2+2"]);
-    // Beyond the seats nobody can wait for a token.
+    // Who has no seat does not count.
     let seats = EngineConfig { max_num_seqs: 2, ..few };
     check(&seats, &requests, &["0+6", "6+1 0+2.", "7+1 2+2.", "8+1 4+1", "0+4"]);
+    // Nor does anybody behind the eighth.
+    let wide = EngineConfig { prefill_beside_decode: 2, ..budget(40) };
+    let requests = [&[(40, greedy(2))][..], &[(); 9].map(|()| (15, greedy(1)))].concat();
+    let expect =
+        ["0+40", "40+1 0+15 0+1.", "1+14 0+15 0+11.", "11+4 0+15 0+15 0+6.", "6+9 0+15 0+15"];
+    check(&wide, &requests, &expect);
 }
 
 #[test]

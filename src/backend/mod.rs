@@ -420,8 +420,8 @@ impl Backend {
         }
     }
 
-    /// The numbers of `x`, f32, row by row. On a CPU they are taken, not copied: nobody else may have the tensor.
-    pub fn into_floats(&self, x: Tensor) -> Result<Vec<f32>> {
+    /// The numbers of `x`, f32, row by row. On a CPU they are taken, not copied: clones of `x` have none afterwards.
+    pub(crate) fn take_floats(&self, x: Tensor) -> Result<Vec<f32>> {
         check::rows("x", &x, None, F32)?;
         match &self.kind {
             Kind::Cpu(_) => {

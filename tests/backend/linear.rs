@@ -200,18 +200,21 @@ fn integers_hide_no_broken_activations() {
 #[test]
 fn gates_in_a_projection_are_those_after_it() {
     let mut random = Random::new(17);
-    for backend in backends(2, DType::Auto) {
+    let backends = [DType::Auto, DType::Float32].map(|dtype| backends(2, dtype));
+    for backend in backends.iter().flatten() {
         for (width, encodings) in [
             (64, [Encoding::Q4_0; 2]),
             (96, [Encoding::BF16; 2]),
             (32, [Encoding::Q4_1, Encoding::Q8_0]),
+            (1056, [Encoding::Q8_0, Encoding::F32]),
             (48, [Encoding::F32; 2]), // which share a panel
             (20, [Encoding::Q8_0, Encoding::BF16]),
         ] {
             let parts = encodings.map(|encoding| stored(&mut random, &[width, 96], encoding));
-            let bias = (width % 32 == 0).then(|| random.floats(2 * width));
-            let packed = backend.pack(&parts, bias).unwrap();
-            for rows in [1, 3, 9, 40] {
+            for (rows, biased) in [(1, true), (1, false), (3, true), (9, false), (150, width < 64)]
+            {
+                let bias = biased.then(|| random.floats(2 * width));
+                let packed = backend.pack(&parts, bias).unwrap();
                 let x = tensor(&random.floats(rows * 96), &[rows, 96]);
                 let both = backend.linear(&x, &packed).unwrap();
                 let want = backend.gated_activation(&both, Activation::Silu).unwrap();

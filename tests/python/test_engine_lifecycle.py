@@ -337,9 +337,11 @@ print("ready", flush=True)
 try:
     {call}
 except KeyboardInterrupt:
-    print("interrupted", len(engine.generate("Once", few).token_ids))
-    stats = engine.stats()
-    print(stats["num_requests_running"], stats["num_requests_waiting"], stats["kv_blocks_used"])
+    print("interrupted", end=" ")
+# Not before: while it is handled, the exception may keep the frame of a stream, which is dropped then.
+print(len(engine.generate("Once", few).token_ids))
+stats = engine.stats()
+print(stats["num_requests_running"], stats["num_requests_waiting"], stats["kv_blocks_used"])
 """
 
 

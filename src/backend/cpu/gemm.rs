@@ -125,6 +125,7 @@ impl PanelTask {
         first: usize,
         numbers: &[[[f32; LANES]; T]; M],
     ) {
+        debug_assert!(!self.gated || self.cols == PANEL, "gated panels are whole");
         for (r, tiles) in numbers.iter().enumerate() {
             if r >= self.rows {
                 break;

@@ -29,8 +29,8 @@ pub(super) use array_of;
 /// Sixteen f32 values.
 ///
 /// # Safety
-/// Values may only be made inside [`super::tier::Tier::run`] and [`super::product::run`], where the features are
-/// known to be present: `unsafe` methods state what else they need.
+/// Values may only be made, and functions called, inside [`super::tier::Tier::run`] and [`super::product::run`], where the
+/// features are known to be present: `unsafe` methods state what else they need.
 pub(crate) trait Lanes: Copy + 'static {
     /// Sixteen 32-bit words.
     type Bits: Copy;
@@ -256,5 +256,32 @@ impl Lanes for Portable {
     #[inline(always)]
     fn greatest(self) -> f32 {
         self.fold(|a, b| if a > b { a } else { b })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tier::{Kernel, Tier};
+    use super::*;
+
+    struct Interleave;
+
+    impl Kernel for Interleave {
+        #[inline(always)]
+        fn run<L: Lanes>(self) {
+            let rows = array_of!(row < 8 => array_of!(word < LANES => (100 * row + word) as u32));
+            let mut words = [0; 8 * LANES];
+            L::interleave(array_of!(row < 8 => &rows[row]), &mut words);
+            for (i, word) in words.into_iter().enumerate() {
+                assert_eq!(word as usize, 100 * (i % 8) + i / 8, "number {i}");
+            }
+        }
+    }
+
+    #[test]
+    fn eight_rows_interleave_on_every_tier() {
+        for tier in Tier::ALL.into_iter().filter(|tier| tier.is_present()) {
+            tier.run(Interleave);
+        }
     }
 }

@@ -81,7 +81,7 @@ fn multiply(
         let groups = row_blocks[index % row_blocks.len()];
         let start = index / row_blocks.len() * chunk;
         let range = start..(start + chunk).min(panels);
-        // Gates first: what is multiplied with their activation finds them near.
+        // Gates first: what is multiplied with their activation reads them from the output, where they are near.
         for part in 0..parts {
             let range = range.start + part * panels..range.end + part * panels;
             for (segment, range) in weight.segments_of(range) {
@@ -137,7 +137,7 @@ impl<P: Dot> Visitor<P> for AsPacked<'_> {
     #[inline(always)]
     fn visit<S: Source<P>>(self) {
         for panel in self.0.range.clone() {
-            // SAFETY: the panel holds all blocks by `Segment::stride`.
+            // SAFETY: the panel holds all blocks by `Segment::stride`; `multiply` has gates written first.
             unsafe { self.0.panel::<P, S>(panel, self.0.segment.panel(panel).as_ptr()) }
         }
     }
@@ -175,7 +175,7 @@ impl Panels<'_> {
         let to: *mut u8 = unpacked.as_mut_ptr().cast();
         for panel in self.range.clone() {
             P::visit(encoding, Unpack { panel: self.segment.panel(panel).as_ptr(), blocks, to });
-            // SAFETY: all blocks have just been unpacked.
+            // SAFETY: all blocks have just been unpacked; `multiply` has gates written first.
             unsafe {
                 match scales(encoding) {
                     // Pairs are packed as they are multiplied, and integers have scales.
@@ -194,7 +194,8 @@ impl Panels<'_> {
     }
 
     /// # Safety
-    /// `bytes` points to the blocks of panel number `panel`, as `S` reads them.
+    /// `bytes` points to the blocks of panel number `panel`, as `S` reads them. From column `width` on, the same task has
+    /// written the gates of these rows and columns.
     #[inline(always)]
     unsafe fn panel<P: Dot, S: Source<P>>(&self, panel: usize, bytes: *const u8) {
         let Self { weight, segment, x, width, .. } = *self;
@@ -227,7 +228,7 @@ impl Panels<'_> {
                 rows: group.rows,
                 cols,
             };
-            // SAFETY: the caller's contract for the panel; the activations hold all steps as
+            // SAFETY: the caller's contract for the panel, and for gates that are read; the activations hold all steps as
             // asserted, and the sums and scales of all slots; the output has `group.rows`
             // rows from `group.start` on and `cols` columns from `col` on, and no other task has
             // them.

@@ -297,6 +297,28 @@ fn spread(bytes: u32) -> u32 {
 mod tests {
     use super::*;
 
+    #[test]
+    fn halves_are_apart_where_panels_are_whole() {
+        let cpu = Cpu::new(Some(1), DType::Auto, super::super::Tier::Portable).expect("a thread");
+        let part = |rows: usize, encoding: Encoding| {
+            let bytes =
+                std::sync::Arc::new(vec![0; encoding.bytes_for(rows * 32).expect("blocks")]);
+            let whole = 0..bytes.len();
+            let bytes = Bytes::new(bytes, whole).expect("the whole");
+            StoredTensor::new("w", vec![rows, 32], encoding, bytes).expect("its size")
+        };
+        for (rows, encodings, expect) in [
+            ([64, 64], [Encoding::Q4_0, Encoding::Q4_0], true),
+            ([32, 32], [Encoding::Q4_0, Encoding::Q8_0], true),
+            ([48, 48], [Encoding::F32, Encoding::F32], false),
+            ([48, 80], [Encoding::Q4_0, Encoding::Q8_0], false),
+        ] {
+            let parts = [part(rows[0], encodings[0]), part(rows[1], encodings[1])];
+            let packed = pack(&cpu, &parts, Vec::new()).expect("packs");
+            assert_eq!(packed.has_halves(), expect, "{rows:?} {encodings:?}");
+        }
+    }
+
     /// What changes these bytes counts [`LAYOUT`] up.
     #[test]
     fn the_layout_is_the_one_that_is_counted() {
