@@ -53,13 +53,9 @@ impl CustomOp1 for Linear<'_> {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> CandleResult<(CpuStorage, Shape)> {
-        let (x, rows) = (floats(x, layout)?, layout.dims()[0]);
-        let (out, width) = if self.gated {
-            (cpu::gated_linear(self.cpu, x, self.weight), self.weight.rows() / 2)
-        } else {
-            (cpu::linear(self.cpu, x, self.weight), self.weight.rows())
-        };
-        Ok((CpuStorage::F32(out), (rows, width).into()))
+        let out = cpu::linear(self.cpu, floats(x, layout)?, self.weight, self.gated);
+        let width = if self.gated { self.weight.rows() / 2 } else { self.weight.rows() };
+        Ok((CpuStorage::F32(out), (layout.dims()[0], width).into()))
     }
 }
 

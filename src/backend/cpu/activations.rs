@@ -2,7 +2,6 @@
 #![allow(unsafe_code)] // Threads write disjoint parts of one buffer.
 
 use std::marker::PhantomData;
-use std::sync::PoisonError;
 
 #[cfg(target_arch = "x86_64")]
 use half::bf16;
@@ -44,7 +43,8 @@ pub(super) fn groups(rows: usize, wide: bool, integers: bool) -> Vec<Group> {
     groups
 }
 
-/// Activations in the order that [`super::gemm::PanelTask`] reads: per group `[step][slot]` words, and `[block][slot]` sums of 32.
+/// Activations in the order that [`super::gemm::PanelTask`] reads: per group `[step][slot]` words, and `[block][slot]`
+/// sums of 32.
 pub(super) struct Activations {
     pub(super) arithmetic: Arithmetic,
     pub(super) words: Vec<u32>,
@@ -70,8 +70,7 @@ impl Activations {
         let summed = weight.segments.iter().any(Segment::reads_sums);
         let blocks = if summed { cols / 32 } else { 0 };
         let slots: usize = groups.iter().map(|group| group.m).sum();
-        let mut words =
-            cpu.scratch.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
+        let mut words = cpu.spare().pop().unwrap_or_default();
         words.resize(slots * steps, 0);
         let mut sums = vec![0.0; slots * blocks];
         let mut scales = vec![0.0; slots];

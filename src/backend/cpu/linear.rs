@@ -2,7 +2,6 @@
 #![allow(unsafe_code)] // Threads write disjoint parts of one output; see `gemm` for the pointers.
 
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
 
 use super::activations::{Activations, Group, groups};
 use super::gemm::PanelTask;
@@ -25,24 +24,15 @@ const ROW_BLOCK_GROUPS: usize = 16;
 /// Groups of rows from which on panels are unpacked before they are multiplied.
 const UNPACK_FROM: usize = 3;
 
-/// `x · Wᵀ + bias` for `x`: `[rows, cols]` → `[rows, W.rows]`.
-pub(crate) fn linear(cpu: &Cpu, x: &[f32], weight: &Packed) -> Vec<f32> {
-    project(cpu, x, weight, 1)
-}
-
-/// `silu(gate) * up` of the halves of each row that [`linear`] gives: `[rows, W.rows / 2]`; they must be
-/// [apart](Packed::has_halves).
-pub(crate) fn gated_linear(cpu: &Cpu, x: &[f32], weight: &Packed) -> Vec<f32> {
-    assert!(weight.has_halves(), "the halves share a panel");
-    project(cpu, x, weight, 2)
-}
-
-/// [`linear`] of one part, [`gated_linear`] of two.
-fn project(cpu: &Cpu, x: &[f32], weight: &Packed, parts: usize) -> Vec<f32> {
+/// `x · Wᵀ + bias` for `x`: `[rows, cols]` → `[rows, W.rows]`. Where `gated`, `silu(gate) * up` of the two halves of each
+/// of these rows, `[rows, W.rows / 2]`; they must be [apart](Packed::has_halves).
+pub(crate) fn linear(cpu: &Cpu, x: &[f32], weight: &Packed, gated: bool) -> Vec<f32> {
+    assert!(!gated || weight.has_halves(), "the halves share a panel");
+    let parts = if gated { 2 } else { 1 };
     let rows = x.len() / weight.cols.max(1);
     let integers = weight.segments.iter().any(|segment| segment.arithmetic == Arithmetic::Integers);
     let groups = groups(rows, cpu.tier.is_wide(), integers);
-    let mut activations: Vec<_> = [Arithmetic::Exact, Arithmetic::Pairs, Arithmetic::Integers]
+    let activations: Vec<_> = [Arithmetic::Exact, Arithmetic::Pairs, Arithmetic::Integers]
         .into_iter()
         .filter(|&a| weight.segments.iter().any(|segment| segment.arithmetic == a))
         .map(|arithmetic| Activations::new(cpu, x, weight, arithmetic, &groups))
@@ -50,8 +40,7 @@ fn project(cpu: &Cpu, x: &[f32], weight: &Packed, parts: usize) -> Vec<f32> {
     let write = |out| multiply(cpu, (weight, parts), &groups, &activations, out);
     // SAFETY: every panel of every segment meets every group, so all outputs are written.
     let out = unsafe { written_by(rows * weight.rows / parts, write) };
-    let mut spare = cpu.scratch.lock().unwrap_or_else(PoisonError::into_inner);
-    spare.extend(activations.drain(..).map(|a| a.words));
+    cpu.spare().extend(activations.into_iter().map(|a| a.words));
     out
 }
 
@@ -88,10 +77,9 @@ fn multiply(
                 let x = x
                     .iter()
                     .find(|x| x.arithmetic == segment.arithmetic)
-                    .expect("`project` makes the activations of every segment");
+                    .expect("`linear` makes the activations of every segment");
                 let width = weight.rows / parts;
-                let panels =
-                    Panels { weight, segment, range, groups, x, out, width, scratch: &cpu.scratch };
+                let panels = Panels { cpu, weight, segment, range, groups, x, out, width };
                 run(cpu.tier, segment.arithmetic, panels);
             }
         }
@@ -100,6 +88,7 @@ fn multiply(
 
 /// Consecutive panels of one segment times a block of rows.
 struct Panels<'a> {
+    cpu: &'a Cpu,
     weight: &'a Packed,
     segment: &'a Segment,
     range: Range<usize>,
@@ -108,7 +97,6 @@ struct Panels<'a> {
     out: Shared<f32>,
     /// Columns of the output; those of `weight` from there on multiply the activation of the first.
     width: usize,
-    scratch: &'a Mutex<Vec<Vec<u32>>>,
 }
 
 impl ProductKernel for Panels<'_> {
@@ -169,8 +157,7 @@ impl Panels<'_> {
             return P::visit(encoding, AsPacked(self));
         }
         let blocks = self.blocks();
-        let spare = || self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut unpacked = spare().pop().unwrap_or_default();
+        let mut unpacked = self.cpu.spare().pop().unwrap_or_default();
         unpacked.resize(blocks * bytes / size_of::<u32>(), 0);
         let to: *mut u8 = unpacked.as_mut_ptr().cast();
         for panel in self.range.clone() {
@@ -185,7 +172,7 @@ impl Panels<'_> {
                 }
             }
         }
-        spare().push(unpacked);
+        self.cpu.spare().push(unpacked);
     }
 
     /// Blocks of a panel.

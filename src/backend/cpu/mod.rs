@@ -27,10 +27,10 @@ mod x86;
 #[cfg(target_arch = "x86_64")]
 mod x86_words;
 
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 pub(crate) use attention::{Attention, attention};
-pub(crate) use linear::{gated_linear, linear};
+pub(crate) use linear::linear;
 pub(crate) use memory::untouched_zeros;
 pub(crate) use memory_limit::memory_limit;
 pub(crate) use pack::{Packed, pack};
@@ -64,7 +64,7 @@ pub(crate) struct Cpu {
     weights: memory::Arena,
     /// And where they are kept for the next load.
     kept: OnceLock<Arc<Mutex<dyn PackedWeights>>>,
-    /// Spare buffers for rearranged activations.
+    /// See [`Self::spare`].
     scratch: Mutex<Vec<Vec<u32>>>,
 }
 
@@ -80,6 +80,11 @@ impl Cpu {
             .map_err(|error| Error::from(error).context(format!("starting {threads} threads")))?;
         let (weights, kept, scratch) = Default::default();
         Ok(Self { pool, tier, dtype, weights, kept, scratch })
+    }
+
+    /// Spare buffers, for rearranged activations and unpacked panels.
+    fn spare(&self) -> MutexGuard<'_, Vec<Vec<u32>>> {
+        self.scratch.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Has packed weights kept, if they are not yet.

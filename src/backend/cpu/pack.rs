@@ -295,14 +295,16 @@ fn spread(bytes: u32) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use super::super::Tier;
     use super::*;
 
     #[test]
     fn halves_are_apart_where_panels_are_whole() {
-        let cpu = Cpu::new(Some(1), DType::Auto, super::super::Tier::Portable).expect("a thread");
+        let cpu = Cpu::new(Some(1), DType::Auto, Tier::Portable).expect("a thread");
         let part = |rows: usize, encoding: Encoding| {
-            let bytes =
-                std::sync::Arc::new(vec![0; encoding.bytes_for(rows * 32).expect("blocks")]);
+            let bytes = Arc::new(vec![0; encoding.bytes_for(rows * 32).expect("blocks")]);
             let whole = 0..bytes.len();
             let bytes = Bytes::new(bytes, whole).expect("the whole");
             StoredTensor::new("w", vec![rows, 32], encoding, bytes).expect("its size")
