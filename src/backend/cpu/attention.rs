@@ -65,7 +65,7 @@ pub(crate) fn attention<E: PageElement>(cpu: &Cpu, input: &Attention<'_, E>) -> 
                 let work: Vec<_> = tasks.iter().map(|task| (task, task.spans())).collect();
                 cpu.pool.run(work.len(), &|index| {
                     let mut state = None;
-                    input.run(cpu, TaskKernel::new(cpu, input, &work, index, &mut state));
+                    input.run(cpu, TaskKernel::new(input, &work, index, &mut state));
                     input.write(work[index].0, &state.expect("a task has a span"), out);
                 });
             }
@@ -88,7 +88,7 @@ fn by_span<E: PageElement>(
     cpu.pool.run(work.len(), &|index| {
         // SAFETY: each index is visited once.
         let state = &mut unsafe { shared.part(index, 1) }[0];
-        input.run(cpu, TaskKernel::new(cpu, input, &work, index, state));
+        input.run(cpu, TaskKernel::new(input, &work, index, state));
     });
     let mut states = states.into_iter();
     for task in tasks {
@@ -238,13 +238,12 @@ struct TaskKernel<'a, E> {
 
 impl<'a, E: PageElement> TaskKernel<'a, E> {
     fn new(
-        cpu: &Cpu,
         input: &'a Attention<'a, E>,
         work: &'a [Work<'a>],
         index: usize,
         state: &'a mut Option<State>,
     ) -> Self {
-        Self { input, work: &work[index], next: work.get(index + cpu.threads()), state }
+        Self { input, work: &work[index], next: work.get(index + 1), state }
     }
 }
 

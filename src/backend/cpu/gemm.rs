@@ -10,11 +10,53 @@ use std::hint::black_box;
 use half::f16;
 
 use super::lanes::{LANES, Lanes, array_of};
-use super::memory::prefetch_stream;
+use super::memory::{CACHE_LINE, PREFETCH_DISTANCE, prefetch};
 use super::pack::PANEL;
 use super::product::Dot;
 use super::rows::silu_gate;
 use super::source::Source;
+
+/// Weights that are asked for while a panel is multiplied.
+#[derive(Clone, Copy)]
+pub(super) enum Ahead {
+    /// The panel itself, [`PREFETCH_DISTANCE`] ahead, and then what starts there: one pass does not take longer than memory.
+    Stream(*const u8),
+    /// So many cache lines from there on with each block: several passes share what is read after the panel.
+    Spread(*const u8, usize),
+}
+
+impl Ahead {
+    /// What pass number `pass` of `passes` asks for, where `bytes` are read from `next` on after `blocks` blocks.
+    pub(super) fn of(
+        (pass, passes): (usize, usize),
+        (next, bytes): (*const u8, usize),
+        blocks: usize,
+    ) -> Self {
+        if passes == 1 {
+            return Self::Stream(next);
+        }
+        let lines = bytes.div_ceil(CACHE_LINE * blocks.max(1) * passes);
+        let before = pass * lines * blocks * CACHE_LINE;
+        Self::Spread(next.wrapping_add(before), if before < bytes { lines } else { 0 })
+    }
+
+    /// Asks for what is due with number `block` of `blocks` in `panel`.
+    #[inline(always)]
+    fn ask(self, panel: *const u8, (block, blocks): (usize, usize), block_bytes: usize) {
+        let (from, lines) = match self {
+            Self::Stream(next) => {
+                let later = block + PREFETCH_DISTANCE.div_ceil(block_bytes);
+                let (start, index) =
+                    if later < blocks { (panel, later) } else { (next, later - blocks) };
+                (start.wrapping_add(index * block_bytes), block_bytes / CACHE_LINE)
+            }
+            Self::Spread(from, lines) => (from.wrapping_add(block * lines * CACHE_LINE), lines),
+        };
+        for line in 0..lines {
+            prefetch(from.wrapping_add(line * CACHE_LINE));
+        }
+    }
+}
 
 /// One panel times one group of rows.
 #[derive(Clone, Copy)]
@@ -22,6 +64,7 @@ pub(super) struct PanelTask {
     /// All blocks of the panel.
     pub(super) panel: *const u8,
     pub(super) blocks: usize,
+    pub(super) ahead: Ahead,
     /// Activations `[step][row]`.
     pub(super) x: *const u32,
     /// `[block][row]` sums of the activations, read where there are minima or a [`Source::OFFSET`].
@@ -75,12 +118,10 @@ impl PanelTask {
         let mut total = [[P::L::splat(0.0); T]; M];
         let mut x = self.x;
         for block in 0..self.blocks {
+            self.ahead.ask(self.panel, (block, self.blocks), block_bytes);
             // SAFETY: the panel holds `blocks` blocks, and `x` the steps of each.
             unsafe {
                 let scales = self.panel.add(block * block_bytes);
-                if S::STREAMED && first == 0 {
-                    prefetch_stream(scales, block_bytes);
-                }
                 let groups = scales.add(S::SCALES * PANEL * 2);
                 let sums = self.sums.wrapping_add(block * M);
                 let mut part = array_of!(r < M => if S::SCALES == 0 {

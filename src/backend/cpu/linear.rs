@@ -1,10 +1,8 @@
 //! Projections: rounds and rearranges the activations, then shares the panels among the threads.
 #![allow(unsafe_code)] // Threads write disjoint parts of one output; see `gemm` for the pointers.
 
-use std::ops::Range;
-
 use super::activations::{Activations, Group, groups};
-use super::gemm::PanelTask;
+use super::gemm::{Ahead, PanelTask};
 use super::lanes::Lanes;
 use super::memory::{Shared, written_by};
 use super::pack::{PANEL, Packed, Segment, block_bytes, block_len, scales};
@@ -44,7 +42,7 @@ pub(crate) fn linear(cpu: &Cpu, x: &[f32], weight: &Packed, gated: bool) -> Vec<
     out
 }
 
-/// Shares the work: a task is some consecutive panels of each part times a block of rows.
+/// Shares the work: a task is a panel of each part times a block of rows.
 fn multiply(
     cpu: &Cpu,
     (weight, parts): (&Packed, usize),
@@ -58,40 +56,40 @@ fn multiply(
     // As even as can be.
     let block = groups.len().div_ceil(groups.len().div_ceil(block).max(1)).max(1);
     let row_blocks: Vec<_> = groups.chunks(block).collect();
-    let panels = weight.segments.iter().map(Segment::panels).sum::<usize>() / parts;
-    let tasks = (cpu.pool.threads() * 8).div_ceil(row_blocks.len().max(1));
-    // A panel of many rows takes long enough to be a task, so that no thread waits long for the last one.
-    let chunk = if block < UNPACK_FROM { panels.div_ceil(tasks).max(1) } else { 1 };
-    // Weights are packed in the order of the layers.
-    if let Some(last) = weight.segments.last() {
-        cpu.pool.prefetch_next(last.data.next());
-    }
-    cpu.pool.run(panels.div_ceil(chunk) * row_blocks.len(), &|index| {
-        let groups = row_blocks[index % row_blocks.len()];
-        let start = index / row_blocks.len() * chunk;
-        let range = start..(start + chunk).min(panels);
+    let (panels, width) = (weight.panels() / parts, weight.rows / parts);
+    cpu.reads(weight, panels);
+    cpu.pool.run(panels * row_blocks.len(), &|index| {
+        let (panel, groups) = (index / row_blocks.len(), row_blocks[index % row_blocks.len()]);
         // Gates first: what is multiplied with their activation reads them from the output, where they are near.
         for part in 0..parts {
-            let range = range.start + part * panels..range.end + part * panels;
-            for (segment, range) in weight.segments_of(range) {
-                let x = x
-                    .iter()
-                    .find(|x| x.arithmetic == segment.arithmetic)
-                    .expect("`linear` makes the activations of every segment");
-                let width = weight.rows / parts;
-                let panels = Panels { cpu, weight, segment, range, groups, x, out, width };
-                run(cpu.tier, segment.arithmetic, panels);
-            }
+            let next = if part + 1 < parts {
+                (part + 1) * panels + panel
+            } else if panel + 1 < panels {
+                panel + 1
+            } else {
+                parts * panels
+            };
+            let (segment, panel) =
+                weight.panel(part * panels + panel).expect("a panel of the weight");
+            let x = x
+                .iter()
+                .find(|x| x.arithmetic == segment.arithmetic)
+                .expect("`linear` makes the activations of every segment");
+            let next = weight.panel_start(next);
+            let product = PanelProduct { cpu, weight, segment, panel, next, groups, x, out, width };
+            run(cpu.tier, segment.arithmetic, product);
         }
     });
 }
 
-/// Consecutive panels of one segment times a block of rows.
-struct Panels<'a> {
+/// A panel of a segment times a block of rows.
+struct PanelProduct<'a> {
     cpu: &'a Cpu,
     weight: &'a Packed,
     segment: &'a Segment,
-    range: Range<usize>,
+    panel: usize,
+    /// Where the weights probably start that the thread reads next.
+    next: *const u8,
     groups: &'a [Group],
     x: &'a Activations,
     out: Shared<f32>,
@@ -99,35 +97,33 @@ struct Panels<'a> {
     width: usize,
 }
 
-impl ProductKernel for Panels<'_> {
+impl ProductKernel for PanelProduct<'_> {
     #[inline(always)]
     fn exact<L: Lanes>(self) {
-        self.each::<Exact<L>>();
+        self.multiply::<Exact<L>>();
     }
 
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     fn pairs(self) {
-        self.each::<PairProduct>();
+        self.multiply::<PairProduct>();
     }
 
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     fn integers<I: Integers>(self) {
-        self.each::<IntegerDot<I>>();
+        self.multiply::<IntegerDot<I>>();
     }
 }
 
-/// Multiplies all panels as they are packed.
-struct AsPacked<'a>(Panels<'a>);
+/// Multiplies the panel as it is packed.
+struct AsPacked<'a>(PanelProduct<'a>);
 
 impl<P: Dot> Visitor<P> for AsPacked<'_> {
     #[inline(always)]
     fn visit<S: Source<P>>(self) {
-        for panel in self.0.range.clone() {
-            // SAFETY: the panel holds all blocks by `Segment::stride`; `multiply` has gates written first.
-            unsafe { self.0.panel::<P, S>(panel, self.0.segment.panel(panel).as_ptr()) }
-        }
+        // SAFETY: the panel holds all blocks by `Segment::stride`; `multiply` has gates written first.
+        unsafe { self.0.passes::<P, S>(self.0.bytes()) }
     }
 }
 
@@ -146,10 +142,10 @@ impl<P: Dot> Visitor<P> for Unpack {
     }
 }
 
-impl Panels<'_> {
-    /// Unpacks each panel first where enough groups of rows share it; the sums are the same.
+impl PanelProduct<'_> {
+    /// Unpacks the panel first where enough groups of rows share it; the sums are the same.
     #[inline(always)]
-    fn each<P: Reads>(self) {
+    fn multiply<P: Reads>(self) {
         let encoding = self.segment.encoding;
         let bytes = unpacked_bytes::<P>(scales(encoding), block_len(encoding));
         let as_multiplied = bytes == block_bytes(encoding);
@@ -160,19 +156,21 @@ impl Panels<'_> {
         let mut unpacked = self.cpu.spare().pop().unwrap_or_default();
         unpacked.resize(blocks * bytes / size_of::<u32>(), 0);
         let to: *mut u8 = unpacked.as_mut_ptr().cast();
-        for panel in self.range.clone() {
-            P::visit(encoding, Unpack { panel: self.segment.panel(panel).as_ptr(), blocks, to });
-            // SAFETY: all blocks have just been unpacked; `multiply` has gates written first.
-            unsafe {
-                match scales(encoding) {
-                    // Pairs are packed as they are multiplied, and integers have scales.
-                    0 if P::STEP == 1 => self.panel::<P, Unpacked<0>>(panel, to),
-                    0 | 1 => self.panel::<P, Unpacked<1>>(panel, to),
-                    _ => self.panel::<P, Unpacked<2>>(panel, to),
-                }
+        P::visit(encoding, Unpack { panel: self.bytes(), blocks, to });
+        // SAFETY: all blocks have just been unpacked; `multiply` has gates written first.
+        unsafe {
+            match scales(encoding) {
+                // Pairs are packed as they are multiplied, and integers have scales.
+                0 if P::STEP == 1 => self.passes::<P, Unpacked<0>>(to),
+                0 | 1 => self.passes::<P, Unpacked<1>>(to),
+                _ => self.passes::<P, Unpacked<2>>(to),
             }
         }
         self.cpu.spare().push(unpacked);
+    }
+
+    fn bytes(&self) -> *const u8 {
+        self.segment.panel(self.panel).as_ptr()
     }
 
     /// Blocks of a panel.
@@ -180,23 +178,28 @@ impl Panels<'_> {
         self.weight.cols.div_ceil(block_len(self.segment.encoding))
     }
 
+    /// All rows pass, a group at a time.
+    ///
     /// # Safety
-    /// `bytes` points to the blocks of panel number `panel`, as `S` reads them. From column `width` on, the same task has
-    /// written the gates of these rows and columns.
+    /// `bytes` points to the blocks of the panel, as `S` reads them. From column `width` on, the same task has written the
+    /// gates of these rows and columns.
     #[inline(always)]
-    unsafe fn panel<P: Dot, S: Source<P>>(&self, panel: usize, bytes: *const u8) {
+    unsafe fn passes<P: Dot, S: Source<P>>(&self, bytes: *const u8) {
         let Self { weight, segment, x, width, .. } = *self;
         let blocks = self.blocks();
         let steps = block_len(segment.encoding) / P::STEP;
         assert_eq!(steps, S::GROUPS * S::STEPS, "the source reads whole blocks");
         assert_eq!(steps * blocks, x.steps, "the activations have the steps of the panel");
-        let col = segment.start + panel * PANEL;
-        let cols = (segment.rows - panel * PANEL).min(PANEL);
+        let col = segment.start + self.panel * PANEL;
+        let cols = (segment.rows - self.panel * PANEL).min(PANEL);
         // Tile by tile: the weights of one stay in the first-level cache while all rows pass.
-        for (first, group) in (0..2).flat_map(|first| self.groups.iter().map(move |g| (first, g))) {
-            if first > 0 && PanelTask::tiles_at_once::<P, S>(group.m) > 1 {
-                continue;
-            }
+        let tiles = |first| {
+            let at_once = move |group: &&Group| PanelTask::tiles_at_once::<P, S>(group.m);
+            let groups = self.groups.iter().filter(move |group| first == 0 || at_once(group) == 1);
+            groups.map(move |group| (first, group))
+        };
+        let passes = tiles(0).count() + tiles(1).count();
+        for (pass, (first, group)) in tiles(0).chain(tiles(1)).enumerate() {
             let sums = if S::SCALES == 2 || S::OFFSET != 0 {
                 x.sums[group.start * x.blocks..][..group.m * x.blocks].as_ptr()
             } else {
@@ -205,6 +208,7 @@ impl Panels<'_> {
             let task = PanelTask {
                 panel: bytes,
                 blocks,
+                ahead: Ahead::of((pass, passes), (self.next, segment.stride), blocks),
                 x: x.words[group.start * x.steps..][..group.m * x.steps].as_ptr(),
                 sums,
                 scales: x.scales[group.start..][..group.m].as_ptr(),

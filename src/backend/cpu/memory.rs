@@ -2,7 +2,6 @@
 #![allow(unsafe_code)] // Buffers that share a map, and writes to disjoint parts of one buffer.
 
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use memmap2::MmapMut;
@@ -23,14 +22,9 @@ pub(super) fn physical_memory() -> Option<usize> {
 /// Memory for weights, cut from large pieces that the system may back with huge pages: these are
 /// cleared faster, and reading them misses the address cache less often.
 #[derive(Default)]
-pub(super) struct Arena(Mutex<Latest>);
-
-#[derive(Default)]
-struct Latest {
+pub(super) struct Arena {
     /// The piece in use, and how many of its bytes are.
-    piece: Option<(Arc<Piece>, usize)>,
-    /// Where the buffer that was made last learns of the next.
-    next: Arc<AtomicPtr<u8>>,
+    latest: Mutex<Option<(Arc<Piece>, usize)>>,
 }
 
 struct Piece {
@@ -61,18 +55,16 @@ impl Arena {
     /// `len` zero bytes that start on a cache line, or `None` when there is no such memory.
     pub(super) fn zeroed(&self, len: usize) -> Option<Buffer> {
         let taken = len.max(1).checked_next_multiple_of(CACHE_LINE)?;
-        let mut latest = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut latest = self.latest.lock().unwrap_or_else(PoisonError::into_inner);
         let fits = |&(ref piece, used): &(Arc<Piece>, usize)| taken <= piece.map.len() - used;
-        let (piece, used) = match latest.piece.take().filter(fits) {
+        let (piece, used) = match latest.take().filter(fits) {
             Some(piece) => piece,
             None => (Arc::new(Piece::new(taken.max(Piece::LEN))?), 0),
         };
         // SAFETY: the piece has `taken` bytes from `used` on.
         let start = unsafe { piece.start.add(used) };
-        latest.piece = Some((Arc::clone(&piece), used + taken));
-        latest.next.store(start.as_ptr(), Ordering::Relaxed);
-        latest.next = Arc::default();
-        Some(Buffer { start, len, next: Arc::clone(&latest.next), _piece: piece })
+        *latest = Some((Arc::clone(&piece), used + taken));
+        Some(Buffer { start, len, _piece: piece })
     }
 }
 
@@ -80,7 +72,6 @@ impl Arena {
 pub(super) struct Buffer {
     start: NonNull<u8>,
     len: usize,
-    next: Arc<AtomicPtr<u8>>,
     _piece: Arc<Piece>,
 }
 
@@ -90,11 +81,6 @@ unsafe impl Send for Buffer {}
 unsafe impl Sync for Buffer {}
 
 impl Buffer {
-    /// Where the buffer starts, or has started, that the arena made after this one; null without one.
-    pub(super) fn next(&self) -> *const u8 {
-        self.next.load(Ordering::Relaxed)
-    }
-
     pub(super) fn as_slice(&self) -> &[u8] {
         // SAFETY: `zeroed` gave these initialised bytes to this buffer alone.
         unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
@@ -225,7 +211,7 @@ pub(super) fn prefetch(at: *const u8) {
 
 /// How far ahead a stream of weights is asked for, in bytes: further than the machine's own prefetcher goes, and past
 /// the end of a panel to the next.
-const PREFETCH_DISTANCE: usize = 1024;
+pub(super) const PREFETCH_DISTANCE: usize = 1024;
 
 /// Asks for as many bytes as are read at `from`, further on in the same stream.
 #[inline(always)]

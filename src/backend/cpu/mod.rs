@@ -64,6 +64,8 @@ pub(crate) struct Cpu {
     weights: memory::Arena,
     /// And where they are kept for the next load.
     kept: OnceLock<Arc<Mutex<dyn PackedWeights>>>,
+    /// What was read last learns here what follows.
+    latest: Mutex<Arc<pool::Place>>,
     /// See [`Self::spare`].
     scratch: Mutex<Vec<Vec<u32>>>,
 }
@@ -78,13 +80,23 @@ impl Cpu {
         };
         let pool = pool::Pool::new(threads)
             .map_err(|error| Error::from(error).context(format!("starting {threads} threads")))?;
-        let (weights, kept, scratch) = Default::default();
-        Ok(Self { pool, tier, dtype, weights, kept, scratch })
+        let (weights, kept, latest, scratch) = Default::default();
+        Ok(Self { pool, tier, dtype, weights, kept, latest, scratch })
     }
 
     /// Spare buffers, for rearranged activations and unpacked panels.
     fn spare(&self) -> MutexGuard<'_, Vec<Vec<u32>>> {
         self.scratch.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells that `weight` is read now, by shares of its first `panels`, so that what followed it the last time is
+    /// prefetched next.
+    fn reads(&self, weight: &Packed, panels: usize) {
+        let stride = weight.segments.first().map_or(0, |first| first.stride);
+        let mut latest = self.latest.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::replace(&mut *latest, Arc::clone(&weight.followed_by))
+            .set((weight.panel_start(0), panels * stride));
+        self.pool.prefetch_next(&weight.followed_by);
     }
 
     /// Has packed weights kept, if they are not yet.

@@ -15,11 +15,12 @@
 #![allow(unsafe_code)] // Threads pack disjoint panels of one buffer.
 
 use std::borrow::Cow;
-use std::ops::Range;
+use std::sync::Arc;
 
 use half::{bf16, f16};
 
 use super::memory::{Buffer, CACHE_LINE, Shared};
+use super::pool::Place;
 use super::{Arithmetic, Cpu};
 use crate::backend::reference;
 use crate::config::DType;
@@ -39,6 +40,8 @@ pub(crate) struct Packed {
     pub(super) segments: Vec<Segment>,
     /// One per row, or empty.
     pub(super) bias: Vec<f32>,
+    /// What was read after these weights, the last time.
+    pub(super) followed_by: Arc<Place>,
 }
 
 impl Packed {
@@ -56,18 +59,27 @@ impl Packed {
             && self.segments.iter().all(|segment| segment.start.is_multiple_of(PANEL))
     }
 
-    /// The panels `range` of all, by segment and counted within it.
-    pub(super) fn segments_of(
-        &self,
-        range: Range<usize>,
-    ) -> impl Iterator<Item = (&Segment, Range<usize>)> {
-        let mut first = 0;
-        self.segments.iter().filter_map(move |segment| {
-            let (start, end) = (first, first + segment.panels());
-            first = end;
-            let range = range.start.max(start)..range.end.min(end);
-            (!range.is_empty()).then(|| (segment, range.start - start..range.end - start))
-        })
+    pub(super) fn panels(&self) -> usize {
+        self.segments.iter().map(Segment::panels).sum()
+    }
+
+    /// The segment that has panel number `index` of all, and the panel's number there.
+    pub(super) fn panel(&self, mut index: usize) -> Option<(&Segment, usize)> {
+        for segment in &self.segments {
+            if index < segment.panels() {
+                return Some((segment, index));
+            }
+            index -= segment.panels();
+        }
+        None
+    }
+
+    /// Where panel number `index` starts, or, behind the last, what followed when these weights were last read.
+    pub(super) fn panel_start(&self, index: usize) -> *const u8 {
+        match self.panel(index) {
+            Some((segment, panel)) => segment.panel(panel).as_ptr(),
+            None => self.followed_by.get().0,
+        }
     }
 }
 
@@ -94,14 +106,6 @@ impl Data {
         match self {
             Self::Made(buffer) => buffer.as_slice(),
             Self::Kept(bytes) => bytes.as_slice(),
-        }
-    }
-
-    /// Where those start that were packed next, if that is known.
-    pub(super) fn next(&self) -> *const u8 {
-        match self {
-            Self::Made(buffer) => buffer.next(),
-            Self::Kept(bytes) => bytes.as_slice().as_ptr_range().end,
         }
     }
 }
@@ -165,7 +169,7 @@ fn kept_as(stored: Encoding, dtype: DType) -> Encoding {
 pub(crate) fn pack(cpu: &Cpu, parts: &[StoredTensor], bias: Vec<f32>) -> Result<Packed> {
     let cols = parts.first().map_or(0, StoredTensor::cols);
     let rows = parts.iter().map(StoredTensor::rows).sum();
-    let mut packed = Packed { rows, cols, segments: Vec::new(), bias };
+    let mut packed = Packed { rows, cols, segments: Vec::new(), bias, followed_by: Arc::default() };
     let mut start = 0;
     for group in
         parts.chunk_by(|a, b| kept_as(a.encoding, cpu.dtype) == kept_as(b.encoding, cpu.dtype))
@@ -295,8 +299,6 @@ fn spread(bytes: u32) -> u32 {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::super::Tier;
     use super::*;
 

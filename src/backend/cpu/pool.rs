@@ -1,5 +1,8 @@
 //! [`Pool`]: the caller and its persistent workers run the chunks of one op.
 //!
+//! Each thread has a share of consecutive chunks, so that it reads on where it is; whoever is done takes the last chunk
+//! of another's share.
+//!
 //! Workers spin for some tens of microseconds after an op, because the next one usually follows at
 //! once, then park. A worker that wakes too late is not waited for: the caller closes the job when no
 //! chunk is left, and only waits for the workers that joined.
@@ -7,6 +10,7 @@
 
 use std::any::Any;
 use std::cell::UnsafeCell;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -44,13 +48,53 @@ pub(super) struct Pool {
 struct Shared {
     /// Epoch, open and shutdown flags, and the number of workers inside.
     gate: AtomicU64,
-    cursor: AtomicUsize,
+    /// One for each thread; the caller's is the first.
+    shares: Vec<Share>,
     job: UnsafeCell<Option<Job>>,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     parked: Vec<AtomicBool>,
     spins: u32,
-    /// Where the next weights start, or null.
-    next_weights: AtomicPtr<u8>,
+    /// What is read after the job.
+    next: Place,
+}
+
+/// Chunks that a thread has left: the first in the low half, the end in the upper one.
+#[derive(Default)]
+#[repr(align(128))] // two cache lines, which some machines load together
+struct Share(AtomicU64);
+
+impl Share {
+    fn set(&self, chunks: Range<usize>) {
+        self.0.store(chunks.start as u64 | (chunks.end as u64) << 32, Ordering::Relaxed);
+    }
+
+    /// Takes the first chunk, or the last, if any is left.
+    fn take(&self, first: bool) -> Option<usize> {
+        let (low, high) = (|share: u64| share & u64::from(u32::MAX), |share: u64| share >> 32);
+        let taken = |share| if first { share + 1 } else { share - (1 << 32) };
+        let left = |share| (low(share) < high(share)).then(|| taken(share));
+        let share = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, left).ok()?;
+        Some(if first { low(share) } else { high(share) - 1 } as usize)
+    }
+}
+
+/// Where weights lie, a hint: nothing need be there.
+#[derive(Default)]
+pub(super) struct Place {
+    start: AtomicPtr<u8>,
+    bytes: AtomicUsize,
+}
+
+impl Place {
+    pub(super) fn set(&self, (start, bytes): (*const u8, usize)) {
+        self.start.store(start.cast_mut(), Ordering::Relaxed);
+        self.bytes.store(bytes, Ordering::Relaxed);
+    }
+
+    /// Start, null if it is not known, and bytes.
+    pub(super) fn get(&self) -> (*const u8, usize) {
+        (self.start.load(Ordering::Relaxed), self.bytes.load(Ordering::Relaxed))
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -72,12 +116,12 @@ impl Pool {
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         let shared = Arc::new(Shared {
             gate: AtomicU64::new(0),
-            cursor: AtomicUsize::new(0),
+            shares: (0..threads).map(|_| Share::default()).collect(),
             job: UnsafeCell::new(None),
             panic: Mutex::new(None),
             parked: (1..threads).map(|_| AtomicBool::new(false)).collect(),
             spins: if threads > cpus { 0 } else { SPINS },
-            next_weights: AtomicPtr::default(),
+            next: Place::default(),
         });
         let mut pool = Self { shared, workers: Vec::new(), submit: Mutex::new(()) };
         for index in 0..threads.saturating_sub(1) {
@@ -96,8 +140,8 @@ impl Pool {
     /// Calls `task(i)` once for each `i` below `chunks`, in any order and on any thread, and returns
     /// when all calls have. A panic of a task is raised here again.
     pub(super) fn run(&self, chunks: usize, task: &Task<'_>) {
-        let guard =
-            if chunks > 1 && !self.workers.is_empty() { self.submit.try_lock().ok() } else { None };
+        let shared = chunks > 1 && u32::try_from(chunks).is_ok() && !self.workers.is_empty();
+        let guard = if shared { self.submit.try_lock().ok() } else { None };
         if guard.is_none() {
             return (0..chunks).for_each(task);
         }
@@ -106,7 +150,7 @@ impl Pool {
         let task: *const Task<'static> =
             unsafe { std::mem::transmute::<&Task<'_>, &'static Task<'static>>(task) };
         self.start(Job { chunks, task });
-        let own = self.shared.drain(Job { chunks, task });
+        let own = self.shared.drain(0, task);
         self.finish();
         let theirs = self.shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
         drop(guard);
@@ -115,17 +159,20 @@ impl Pool {
         }
     }
 
-    /// A hint: after the job that comes, weights are read from `next` on. Waiting workers prefetch them, so
-    /// that the memory is not idle while ops are too small for several threads. Nothing need be there.
-    pub(super) fn prefetch_next(&self, next: *const u8) {
-        self.shared.next_weights.store(next.cast_mut(), Ordering::Relaxed);
+    /// A hint: after the job that comes, the weights at `next` are read by shares. Waiting workers prefetch the start
+    /// of theirs, so that the memory is not idle while ops are too small for several threads.
+    pub(super) fn prefetch_next(&self, next: &Place) {
+        self.shared.next.set(next.get());
     }
 
     fn start(&self, job: Job) {
         let shared = &*self.shared;
         // SAFETY: the caller holds `submit`, and the last `finish` left the gate closed and empty.
         unsafe { *shared.job.get() = Some(job) };
-        shared.cursor.store(0, Ordering::Relaxed);
+        let start = |thread| share_start(job.chunks, thread, shared.shares.len());
+        for (thread, share) in shared.shares.iter().enumerate() {
+            share.set(start(thread)..start(thread + 1));
+        }
         // SeqCst, as is the worker's store of `parked`: one of the two sees the other.
         shared.gate.fetch_add(EPOCH | OPEN, Ordering::SeqCst);
         for (parked, worker) in shared.parked.iter().zip(&self.workers) {
@@ -153,25 +200,27 @@ impl Pool {
 }
 
 impl Shared {
-    /// Takes chunks until none is left; a panic ends the job for everyone.
-    fn drain(&self, job: Job) -> Result<(), Box<dyn Any + Send>> {
+    /// Takes chunks until none is left, those of `thread` first; a panic ends the job for everyone.
+    fn drain(&self, thread: usize, task: *const Task<'static>) -> Result<(), Box<dyn Any + Send>> {
         // SAFETY: the caller of `run` keeps the task alive until every worker inside has left.
-        let task = unsafe { &*job.task };
+        let task = unsafe { &*task };
+        let (before, from) = self.shares.split_at(thread);
         catch_unwind(AssertUnwindSafe(|| {
-            loop {
-                let index = self.cursor.fetch_add(1, Ordering::Relaxed);
-                if index >= job.chunks {
-                    break;
+            while let Some(chunk) = from[0].take(true) {
+                task(chunk);
+            }
+            for share in from[1..].iter().chain(before) {
+                while let Some(chunk) = share.take(false) {
+                    task(chunk);
                 }
-                task(index);
             }
         }))
-        .inspect_err(|_| self.cursor.store(job.chunks, Ordering::Relaxed))
+        .inspect_err(|_| self.shares.iter().for_each(|share| share.set(0..0)))
     }
 
     fn work(&self, index: usize) {
         let part = PREFETCH_BYTES.min(PREFETCH_BYTES_OF_ALL / self.parked.len());
-        let mut prefetcher = Prefetcher { next: 0, start: index * part, left: 0, part };
+        let mut prefetcher = Prefetcher { next: std::ptr::null(), at: 0, left: 0, part };
         let mut seen = 0;
         loop {
             let gate = self.await_job(index, seen, &mut prefetcher);
@@ -187,7 +236,7 @@ impl Shared {
             // SAFETY: this worker is inside, so the job stays as `start` wrote it.
             let job =
                 unsafe { (*self.job.get()).expect("`start` writes the job, then opens the gate") };
-            if let Err(payload) = self.drain(job) {
+            if let Err(payload) = self.drain(index + 1, job.task) {
                 *self.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(payload);
             }
             self.gate.fetch_sub(1, Ordering::Release);
@@ -206,7 +255,7 @@ impl Shared {
                 if let Some(gate) = news(Ordering::Acquire) {
                     return gate;
                 }
-                prefetcher.advance(self.next_weights.load(Ordering::Relaxed));
+                prefetcher.advance(&self.next, (index + 1, self.shares.len()));
                 std::hint::spin_loop();
             }
             self.parked[index].store(true, Ordering::SeqCst);
@@ -224,24 +273,32 @@ impl Shared {
     }
 }
 
-/// How far a waiting worker has come with its part of the next weights.
+/// Where the share of a thread starts: they differ by one at most.
+fn share_start(chunks: usize, thread: usize, threads: usize) -> usize {
+    chunks / threads * thread + chunks % threads * thread / threads
+}
+
+/// How far a waiting worker has come with the start of its share of the next weights.
 struct Prefetcher {
-    /// Address of the weights.
-    next: usize,
-    /// Bytes from there to where the part starts, bytes of it that are left, and all of it.
-    start: usize,
+    /// Where those weights start.
+    next: *const u8,
+    /// Bytes from there to what is asked for next, and how many are left to ask for, at most `part`.
+    at: usize,
     left: usize,
     part: usize,
 }
 
 impl Prefetcher {
     /// Asks for a few more cache lines.
-    fn advance(&mut self, next: *const u8) {
-        if next.addr() != self.next {
-            (self.next, self.left) = (next.addr(), if next.is_null() { 0 } else { self.part });
+    fn advance(&mut self, next: &Place, (thread, threads): (usize, usize)) {
+        let (start, bytes) = next.get();
+        if start != self.next {
+            let at = share_start(bytes, thread, threads);
+            *self = Self { next: start, at, left: self.part.min(bytes - at), ..*self };
         }
         for _ in 0..4.min(self.left / CACHE_LINE) {
-            prefetch(next.wrapping_add(self.start + self.part - self.left));
+            prefetch(start.wrapping_add(self.at));
+            self.at += CACHE_LINE;
             self.left -= CACHE_LINE;
         }
     }
@@ -275,6 +332,22 @@ mod tests {
                     assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1));
                 }
             }
+        }
+    }
+
+    #[test]
+    fn whoever_is_done_takes_over_from_others() {
+        let pool = Pool::new(3).expect("threads start");
+        for slow in 0..30 {
+            let done = AtomicUsize::new(0);
+            pool.run(30, &|i| {
+                let begin = std::time::Instant::now();
+                while i == slow && done.load(Ordering::Relaxed) < 29 {
+                    assert!(begin.elapsed().as_secs() < 60, "nobody took the others");
+                    std::thread::yield_now();
+                }
+                done.fetch_add(1, Ordering::Relaxed);
+            });
         }
     }
 
@@ -315,7 +388,9 @@ mod tests {
     fn nothing_need_be_where_weights_are_said_to_be() {
         let pool = Pool::new(3).expect("threads start");
         for address in [usize::MAX - 100, 0, 1 << 40] {
-            pool.prefetch_next(std::ptr::without_provenance(address));
+            let place = Place::default();
+            place.set((std::ptr::without_provenance(address), 1 << 20));
+            pool.prefetch_next(&place);
             std::thread::sleep(std::time::Duration::from_micros(20));
             let sum = AtomicUsize::new(0);
             pool.run(64, &|_| {

@@ -35,8 +35,6 @@ pub(super) trait Source<P: Dot> {
     /// Whether several rows meet both tiles at once on a wide machine. Sums and totals of eight then take more
     /// registers than there are, but an activation is read once.
     const BOTH_TILES: bool = true;
-    /// Whether weights come from memory, or else from a cache.
-    const STREAMED: bool = true;
 
     /// # Safety
     /// `group` points to a whole group; `tile` is 0 or 1.
@@ -199,7 +197,6 @@ impl<P: Dot, const SCALES: usize> Source<P> for Unpacked<SCALES> {
     const STEPS: usize = 8 / P::STEP;
     const BYTES: usize = 8 / P::STEP * 2 * WEIGHTS_BYTES;
     const BOTH_TILES: bool = false;
-    const STREAMED: bool = false;
 
     #[inline(always)]
     unsafe fn raw(group: *const u8, tile: usize) -> *const u8 {
