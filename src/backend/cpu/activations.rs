@@ -70,8 +70,7 @@ impl Activations {
         let summed = weight.segments.iter().any(Segment::reads_sums);
         let blocks = if summed { cols / 32 } else { 0 };
         let slots: usize = groups.iter().map(|group| group.m).sum();
-        let mut words = cpu.spare().pop().unwrap_or_default();
-        words.resize(slots * steps, 0);
+        let mut words = cpu.spare(slots * steps);
         let mut sums = vec![0.0; slots * blocks];
         let mut scales = vec![0.0; slots];
         let (shared_words, shared_sums) = (Shared::new(&mut words), Shared::new(&mut sums));

@@ -38,7 +38,7 @@ pub(crate) fn linear(cpu: &Cpu, x: &[f32], weight: &Packed, gated: bool) -> Vec<
     let write = |out| multiply(cpu, (weight, parts), &groups, &activations, out);
     // SAFETY: every panel of every segment meets every group, so all outputs are written.
     let out = unsafe { written_by(rows * weight.rows / parts, write) };
-    cpu.spare().extend(activations.into_iter().map(|a| a.words));
+    cpu.put_back(activations.into_iter().map(|activations| activations.words));
     out
 }
 
@@ -153,8 +153,7 @@ impl PanelProduct<'_> {
             return P::visit(encoding, AsPacked(self));
         }
         let blocks = self.blocks();
-        let mut unpacked = self.cpu.spare().pop().unwrap_or_default();
-        unpacked.resize(blocks * bytes / size_of::<u32>(), 0);
+        let mut unpacked = self.cpu.spare(blocks * bytes / size_of::<u32>());
         let to: *mut u8 = unpacked.as_mut_ptr().cast();
         P::visit(encoding, Unpack { panel: self.bytes(), blocks, to });
         // SAFETY: all blocks have just been unpacked; `multiply` has gates written first.
@@ -166,7 +165,7 @@ impl PanelProduct<'_> {
                 _ => self.passes::<P, Unpacked<2>>(to),
             }
         }
-        self.cpu.spare().push(unpacked);
+        self.cpu.put_back([unpacked]);
     }
 
     fn bytes(&self) -> *const u8 {

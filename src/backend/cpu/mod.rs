@@ -84,9 +84,27 @@ impl Cpu {
         Ok(Self { pool, tier, dtype, weights, kept, latest, scratch })
     }
 
-    /// Spare buffers, for rearranged activations and unpacked panels.
-    fn spare(&self) -> MutexGuard<'_, Vec<Vec<u32>>> {
+    fn spares(&self) -> MutexGuard<'_, Vec<Vec<u32>>> {
         self.scratch.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A buffer of at least `len` words with any content, for rearranged activations or an unpacked panel: the smallest
+    /// spare one, or a new one in the place of the largest.
+    fn spare(&self, len: usize) -> Vec<u32> {
+        let mut spares = self.spares();
+        spares.sort_by_key(Vec::len);
+        let fits = spares.partition_point(|spare| spare.len() < len);
+        if fits < spares.len() {
+            return spares.remove(fits);
+        }
+        spares.pop();
+        drop(spares);
+        vec![0; len]
+    }
+
+    /// Takes buffers back.
+    fn put_back(&self, buffers: impl IntoIterator<Item = Vec<u32>>) {
+        self.spares().extend(buffers);
     }
 
     /// Tells that `weight` is read now, by shares of its first `panels`, so that what followed it the last time is
