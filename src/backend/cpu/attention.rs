@@ -59,10 +59,13 @@ pub(crate) fn attention<E: PageElement>(cpu: &Cpu, input: &Attention<'_, E>) -> 
             if split {
                 by_span(cpu, input, &tasks, out);
             } else {
-                // What takes longest goes first; of equal tasks the later rows, which see more.
+                // What takes longest goes first in the share of each thread; of equal tasks the later rows, which see more.
                 tasks.reverse();
                 tasks.sort_by_key(|task| Reverse(task.weight()));
-                let work: Vec<_> = tasks.iter().map(|task| (task, task.spans())).collect();
+                let threads = cpu.threads();
+                let dealt =
+                    (0..threads).flat_map(|first| tasks.iter().skip(first).step_by(threads));
+                let work: Vec<_> = dealt.map(|task| (task, task.spans())).collect();
                 cpu.pool.run(work.len(), &|index| {
                     let mut state = None;
                     input.run(cpu, TaskKernel::new(input, &work, index, &mut state));

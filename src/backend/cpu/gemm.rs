@@ -19,21 +19,29 @@ use super::source::Source;
 /// Weights that are asked for while a panel is multiplied.
 #[derive(Clone, Copy)]
 pub(super) enum Ahead {
-    /// The panel itself, [`PREFETCH_DISTANCE`] ahead, and then what starts there: one pass does not take longer than memory.
+    /// The panel itself, [`PREFETCH_DISTANCE`] ahead, and then what starts there.
     Stream(*const u8),
-    /// So many cache lines from there on with each block: several passes share what is read after the panel.
+    /// So many cache lines from there on with each block: where there are several passes, they share what is read after
+    /// the panel, so that the memory is busy while all of them multiply.
     Spread(*const u8, usize),
 }
 
+/// Largest panel that is read while the one before it is multiplied: both stay in the second-level cache.
+const SPREAD_BYTES: usize = 160 << 10;
+
 impl Ahead {
-    /// What pass number `pass` of `passes` asks for, where `bytes` are read from `next` on after `blocks` blocks.
+    /// What pass number `pass` of `passes` over `blocks` blocks asks for; after the last one as many `bytes` as the panel
+    /// has are read from `next` on.
     pub(super) fn of(
         (pass, passes): (usize, usize),
         (next, bytes): (*const u8, usize),
         blocks: usize,
     ) -> Self {
-        if passes == 1 {
+        if passes == 1 || bytes > SPREAD_BYTES && pass == 0 {
             return Self::Stream(next);
+        }
+        if bytes > SPREAD_BYTES {
+            return Self::Spread(next, 0);
         }
         let lines = bytes.div_ceil(CACHE_LINE * blocks.max(1) * passes);
         let before = pass * lines * blocks * CACHE_LINE;
@@ -286,6 +294,31 @@ unsafe fn scale_block<P: Dot, S: Source<P>, const M: usize, const T: usize>(
                 for (r, total) in total.iter_mut().enumerate() {
                     total[t] = minimum.fma(P::L::splat(*sums.add(r)), total[t]);
                 }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn passes_ask_for_the_next_panel_once() {
+        for (blocks, bytes) in [(18, 18 * 576), (72, 72 * 512), (1, 64), (0, 0)] {
+            for passes in [2, 3, 8, 64] {
+                let mut asked = 0;
+                for pass in 0..passes {
+                    let next = std::ptr::without_provenance(1 << 20);
+                    let Ahead::Spread(from, lines) =
+                        Ahead::of((pass, passes), (next, bytes), blocks)
+                    else {
+                        panic!("several passes share the panel");
+                    };
+                    assert!(lines == 0 || from.addr() == (1 << 20) + asked);
+                    asked += lines * blocks * CACHE_LINE;
+                }
+                assert!(asked >= bytes, "{asked} of {bytes} in {passes} passes");
             }
         }
     }

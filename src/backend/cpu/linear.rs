@@ -180,8 +180,8 @@ impl PanelProduct<'_> {
     /// All rows pass, a group at a time.
     ///
     /// # Safety
-    /// `bytes` points to the blocks of the panel, as `S` reads them. From column `width` on, the same task has written the
-    /// gates of these rows and columns.
+    /// `bytes` points to the blocks of the panel, as `S` reads them. From column `width` on, the same task has written
+    /// the gates of these rows and columns.
     #[inline(always)]
     unsafe fn passes<P: Dot, S: Source<P>>(&self, bytes: *const u8) {
         let Self { weight, segment, x, width, .. } = *self;
@@ -219,9 +219,8 @@ impl PanelProduct<'_> {
                 cols,
             };
             // SAFETY: the caller's contract for the panel, and for gates that are read; the activations hold all steps as
-            // asserted, and the sums and scales of all slots; the output has `group.rows`
-            // rows from `group.start` on and `cols` columns from `col` on, and no other task has
-            // them.
+            // asserted, and the sums and scales of all slots; the output has `group.rows` rows from `group.start` on and
+            // `cols` columns from `col` on, and no other task has them.
             unsafe { task.run::<P, S>(group.m, first) }
         }
     }

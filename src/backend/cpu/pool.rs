@@ -50,7 +50,7 @@ struct Shared {
     gate: AtomicU64,
     /// One for each thread; the caller's is the first.
     shares: Vec<Share>,
-    job: UnsafeCell<Option<Job>>,
+    task: UnsafeCell<Option<*const Task<'static>>>,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     parked: Vec<AtomicBool>,
     spins: u32,
@@ -74,36 +74,35 @@ impl Share {
         let taken = |share| if first { share + 1 } else { share - (1 << 32) };
         let left = |share| (low(share) < high(share)).then(|| taken(share));
         let share = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, left).ok()?;
-        Some(if first { low(share) } else { high(share) - 1 } as usize)
+        let chunk = if first { low(share) } else { high(share) - 1 };
+        Some(chunk as usize)
     }
 }
 
-/// Where weights lie, a hint: nothing need be there.
+/// Where the panels lie that are read next, a hint: nothing need be there.
 #[derive(Default)]
 pub(super) struct Place {
     start: AtomicPtr<u8>,
-    bytes: AtomicUsize,
+    panels: AtomicUsize,
+    /// Bytes of a panel.
+    stride: AtomicUsize,
 }
 
 impl Place {
-    pub(super) fn set(&self, (start, bytes): (*const u8, usize)) {
+    /// Start, null if it is not known, panels, and bytes of each.
+    pub(super) fn get(&self) -> (*const u8, usize, usize) {
+        let start = self.start.load(Ordering::Relaxed);
+        (start, self.panels.load(Ordering::Relaxed), self.stride.load(Ordering::Relaxed))
+    }
+
+    pub(super) fn set(&self, (start, panels, stride): (*const u8, usize, usize)) {
         self.start.store(start.cast_mut(), Ordering::Relaxed);
-        self.bytes.store(bytes, Ordering::Relaxed);
-    }
-
-    /// Start, null if it is not known, and bytes.
-    pub(super) fn get(&self) -> (*const u8, usize) {
-        (self.start.load(Ordering::Relaxed), self.bytes.load(Ordering::Relaxed))
+        self.panels.store(panels, Ordering::Relaxed);
+        self.stride.store(stride, Ordering::Relaxed);
     }
 }
 
-#[derive(Clone, Copy)]
-struct Job {
-    chunks: usize,
-    task: *const Task<'static>,
-}
-
-// SAFETY: `job` is written only by the holder of `submit` while the gate is closed and no worker is
+// SAFETY: `task` is written only by the holder of `submit` while the gate is closed and no worker is
 // inside, and read only by workers inside; the gate's acquire and release order the two. The task
 // is `Sync`.
 unsafe impl Sync for Shared {}
@@ -117,7 +116,7 @@ impl Pool {
         let shared = Arc::new(Shared {
             gate: AtomicU64::new(0),
             shares: (0..threads).map(|_| Share::default()).collect(),
-            job: UnsafeCell::new(None),
+            task: UnsafeCell::new(None),
             panic: Mutex::new(None),
             parked: (1..threads).map(|_| AtomicBool::new(false)).collect(),
             spins: if threads > cpus { 0 } else { SPINS },
@@ -140,6 +139,7 @@ impl Pool {
     /// Calls `task(i)` once for each `i` below `chunks`, in any order and on any thread, and returns
     /// when all calls have. A panic of a task is raised here again.
     pub(super) fn run(&self, chunks: usize, task: &Task<'_>) {
+        // A share counts in 32 bits.
         let shared = chunks > 1 && u32::try_from(chunks).is_ok() && !self.workers.is_empty();
         let guard = if shared { self.submit.try_lock().ok() } else { None };
         if guard.is_none() {
@@ -149,7 +149,7 @@ impl Pool {
         // none can join, so no worker follows the pointer after `task`'s lifetime.
         let task: *const Task<'static> =
             unsafe { std::mem::transmute::<&Task<'_>, &'static Task<'static>>(task) };
-        self.start(Job { chunks, task });
+        self.start(chunks, task);
         let own = self.shared.drain(0, task);
         self.finish();
         let theirs = self.shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -165,11 +165,11 @@ impl Pool {
         self.shared.next.set(next.get());
     }
 
-    fn start(&self, job: Job) {
+    fn start(&self, chunks: usize, task: *const Task<'static>) {
         let shared = &*self.shared;
         // SAFETY: the caller holds `submit`, and the last `finish` left the gate closed and empty.
-        unsafe { *shared.job.get() = Some(job) };
-        let start = |thread| share_start(job.chunks, thread, shared.shares.len());
+        unsafe { *shared.task.get() = Some(task) };
+        let start = |thread| share_start(chunks, thread, shared.shares.len());
         for (thread, share) in shared.shares.iter().enumerate() {
             share.set(start(thread)..start(thread + 1));
         }
@@ -233,10 +233,11 @@ impl Shared {
                 continue;
             }
             seen = gate / EPOCH;
-            // SAFETY: this worker is inside, so the job stays as `start` wrote it.
-            let job =
-                unsafe { (*self.job.get()).expect("`start` writes the job, then opens the gate") };
-            if let Err(payload) = self.drain(index + 1, job.task) {
+            // SAFETY: this worker is inside, so the task stays as `start` wrote it.
+            let task = unsafe {
+                (*self.task.get()).expect("`start` writes the task, then opens the gate")
+            };
+            if let Err(payload) = self.drain(index + 1, task) {
                 *self.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(payload);
             }
             self.gate.fetch_sub(1, Ordering::Release);
@@ -273,9 +274,9 @@ impl Shared {
     }
 }
 
-/// Where the share of a thread starts: they differ by one at most.
+/// Where the share of a thread starts. The first threads have one chunk more than the others.
 fn share_start(chunks: usize, thread: usize, threads: usize) -> usize {
-    chunks / threads * thread + chunks % threads * thread / threads
+    chunks / threads * thread + thread.min(chunks % threads)
 }
 
 /// How far a waiting worker has come with the start of its share of the next weights.
@@ -291,10 +292,11 @@ struct Prefetcher {
 impl Prefetcher {
     /// Asks for a few more cache lines.
     fn advance(&mut self, next: &Place, (thread, threads): (usize, usize)) {
-        let (start, bytes) = next.get();
+        let (start, panels, stride) = next.get();
         if start != self.next {
-            let at = share_start(bytes, thread, threads);
-            *self = Self { next: start, at, left: self.part.min(bytes - at), ..*self };
+            let share = [thread, thread + 1].map(|thread| share_start(panels, thread, threads));
+            let left = self.part.min((share[1] - share[0]) * stride);
+            *self = Self { next: start, at: share[0] * stride, left, ..*self };
         }
         for _ in 0..4.min(self.left / CACHE_LINE) {
             prefetch(start.wrapping_add(self.at));
@@ -332,6 +334,17 @@ mod tests {
                     assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1));
                 }
             }
+        }
+    }
+
+    #[test]
+    fn shares_are_even_and_whole() {
+        for (chunks, threads) in [(0, 3), (2, 4), (18, 8), (30, 7), (96, 2), (5, 1)] {
+            let starts: Vec<_> = (0..=threads).map(|t| share_start(chunks, t, threads)).collect();
+            assert_eq!((starts[0], starts[threads]), (0, chunks));
+            let sizes: Vec<_> = starts.windows(2).map(|pair| pair[1] - pair[0]).collect();
+            assert!(sizes.is_sorted_by(|a, b| a >= b), "{sizes:?}");
+            assert!(sizes[0] - sizes[threads - 1] <= 1, "{sizes:?}");
         }
     }
 
@@ -389,7 +402,7 @@ mod tests {
         let pool = Pool::new(3).expect("threads start");
         for address in [usize::MAX - 100, 0, 1 << 40] {
             let place = Place::default();
-            place.set((std::ptr::without_provenance(address), 1 << 20));
+            place.set((std::ptr::without_provenance(address), 100, 1 << 14));
             pool.prefetch_next(&place);
             std::thread::sleep(std::time::Duration::from_micros(20));
             let sum = AtomicUsize::new(0);
