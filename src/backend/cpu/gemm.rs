@@ -10,7 +10,7 @@ use std::hint::black_box;
 use half::f16;
 
 use super::lanes::{LANES, Lanes, array_of};
-use super::memory::{CACHE_LINE, PREFETCH_DISTANCE, prefetch};
+use super::memory::{CACHE_LINE, PREFETCH_DISTANCE, prefetch_lines};
 use super::pack::PANEL;
 use super::product::Dot;
 use super::rows::silu_gate;
@@ -37,11 +37,8 @@ impl Ahead {
         (next, bytes): (*const u8, usize),
         blocks: usize,
     ) -> Self {
-        if passes == 1 || bytes > SPREAD_BYTES && pass == 0 {
-            return Self::Stream(next);
-        }
-        if bytes > SPREAD_BYTES {
-            return Self::Spread(next, 0);
+        if passes == 1 || bytes > SPREAD_BYTES {
+            return if pass == 0 { Self::Stream(next) } else { Self::Spread(next, 0) };
         }
         let lines = bytes.div_ceil(CACHE_LINE * blocks.max(1) * passes);
         let before = pass * lines * blocks * CACHE_LINE;
@@ -60,9 +57,7 @@ impl Ahead {
             }
             Self::Spread(from, lines) => (from.wrapping_add(block * lines * CACHE_LINE), lines),
         };
-        for line in 0..lines {
-            prefetch(from.wrapping_add(line * CACHE_LINE));
-        }
+        prefetch_lines(from, lines);
     }
 }
 

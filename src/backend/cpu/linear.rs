@@ -192,13 +192,11 @@ impl PanelProduct<'_> {
         let col = segment.start + self.panel * PANEL;
         let cols = (segment.rows - self.panel * PANEL).min(PANEL);
         // Tile by tile: the weights of one stay in the first-level cache while all rows pass.
-        let tiles = |first| {
-            let at_once = move |group: &&Group| PanelTask::tiles_at_once::<P, S>(group.m);
-            let groups = self.groups.iter().filter(move |group| first == 0 || at_once(group) == 1);
-            groups.map(move |group| (first, group))
-        };
-        let passes = tiles(0).count() + tiles(1).count();
-        for (pass, (first, group)) in tiles(0).chain(tiles(1)).enumerate() {
+        let is_left = |group: &&Group| PanelTask::tiles_at_once::<P, S>(group.m) == 1;
+        let second = self.groups.iter().filter(is_left).map(|group| (1, group));
+        let passes = self.groups.len() + second.clone().count();
+        let tiles = self.groups.iter().map(|group| (0, group)).chain(second);
+        for (pass, (first, group)) in tiles.enumerate() {
             let sums = if S::SCALES == 2 || S::OFFSET != 0 {
                 x.sums[group.start * x.blocks..][..group.m * x.blocks].as_ptr()
             } else {

@@ -213,11 +213,11 @@ pub(super) fn prefetch(at: *const u8) {
 /// the end of a panel to the next.
 pub(super) const PREFETCH_DISTANCE: usize = 1024;
 
-/// Asks for as many bytes as are read at `from`, further on in the same stream.
+/// Asks for `lines` cache lines from `from` on.
 #[inline(always)]
-pub(super) fn prefetch_stream(from: *const u8, bytes: usize) {
-    for line in (0..bytes).step_by(CACHE_LINE) {
-        prefetch(from.wrapping_add(PREFETCH_DISTANCE + line));
+pub(super) fn prefetch_lines(from: *const u8, lines: usize) {
+    for line in 0..lines {
+        prefetch(from.wrapping_add(line * CACHE_LINE));
     }
 }
 

@@ -302,15 +302,29 @@ mod tests {
     use super::super::Tier;
     use super::*;
 
+    /// Zeros, `[rows, 32]`.
+    fn part(rows: usize, encoding: Encoding) -> StoredTensor {
+        let bytes = Arc::new(vec![0; encoding.bytes_for(rows * 32).expect("blocks")]);
+        let whole = 0..bytes.len();
+        let bytes = Bytes::new(bytes, whole).expect("the whole");
+        StoredTensor::new("w", vec![rows, 32], encoding, bytes).expect("its size")
+    }
+
+    #[test]
+    fn weights_learn_what_follows() {
+        let cpu = Cpu::new(Some(1), DType::Float32, Tier::Portable).expect("a thread");
+        let packed = || pack(&cpu, &[part(64, Encoding::F32)], Vec::new()).expect("packs");
+        let (a, b) = (packed(), packed());
+        for weight in [&a, &b, &a] {
+            cpu.reads(weight, weight.panels());
+        }
+        assert_eq!(a.followed_by.get(), (b.panel_start(0), 2, 32 * 32 * 4));
+        assert_eq!(b.panel_start(2), a.panel_start(0));
+    }
+
     #[test]
     fn halves_are_apart_where_panels_are_whole() {
         let cpu = Cpu::new(Some(1), DType::Auto, Tier::Portable).expect("a thread");
-        let part = |rows: usize, encoding: Encoding| {
-            let bytes = Arc::new(vec![0; encoding.bytes_for(rows * 32).expect("blocks")]);
-            let whole = 0..bytes.len();
-            let bytes = Bytes::new(bytes, whole).expect("the whole");
-            StoredTensor::new("w", vec![rows, 32], encoding, bytes).expect("its size")
-        };
         for (rows, encodings, expect) in [
             ([64, 64], [Encoding::Q4_0, Encoding::Q4_0], true),
             ([32, 32], [Encoding::Q4_0, Encoding::Q8_0], true),

@@ -6,7 +6,7 @@ use std::marker::PhantomData;
 use half::{bf16, f16};
 
 use super::lanes::{Element, LANES, Lanes, array_of};
-use super::memory::prefetch_stream;
+use super::memory::{CACHE_LINE, PREFETCH_DISTANCE, prefetch_lines};
 use super::pack::PANEL;
 use super::product::{Dot, Exact};
 #[cfg(target_arch = "x86_64")]
@@ -226,7 +226,8 @@ pub(super) unsafe fn unpack<P: Dot, S: Source<P>>(panel: *const u8, blocks: usiz
         unsafe {
             let from = panel.add(block * (head + S::GROUPS * S::BYTES));
             let to = to.add(block * (head + S::GROUPS * bytes));
-            prefetch_stream(from, head + S::GROUPS * S::BYTES);
+            let lines = (head + S::GROUPS * S::BYTES) / CACHE_LINE;
+            prefetch_lines(from.wrapping_add(PREFETCH_DISTANCE), lines);
             from.copy_to_nonoverlapping(to, head);
             for group in 0..S::GROUPS {
                 let raw = array_of!(t < 2 => S::raw(from.add(head + group * S::BYTES), t));
