@@ -65,17 +65,16 @@ fn median_us(mut work: impl FnMut()) -> f64 {
     rounds[rounds.len() / 2]
 }
 
-/// Logits with the spread of a language model's: most near zero, a few far above.
+/// Logits by Zipf's law with an exponent of 1.6, like rows of `SmolLM2`: 20 to 30 ids hold 0.9, some 400 are within e^-9.7 of
+/// the likeliest.
 fn logits() -> Vec<f32> {
     let mut state = 1_u64;
     let mut uniform = || {
         state =
             state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 40) as f32 / (1 << 24) as f32
+        ((state >> 40) + 1) as f32 / (1 << 24) as f32
     };
-    (0..VOCAB)
-        .map(|_| (0..12).map(|_| uniform()).sum::<f32>() * 2.5 - 15.0 + 8.0 * uniform().powi(64))
-        .collect()
+    (0..VOCAB).map(|_| -1.6 * uniform().ln()).collect()
 }
 
 fn row_us(logits: &[f32], options: &SamplingOptions) -> f64 {

@@ -12,7 +12,7 @@
 //!                │      ├→ decoder → layers → backend → candle / SIMD
 //!                │      └→ cache::pool
 //!                └─→ checkpoint → spec, weights
-//!         error · config · spec · weights · cache::block      leaves
+//!         error · config · spec · weights · wide · cache::block      leaves
 //! ```
 //!
 //! # Reading order: the life of a request
@@ -40,7 +40,7 @@
 //! 5. **Every op has a reference version**, [`backend::reference`], and it is the specification.
 //! 6. **Only `py` names `PyO3`**; the crate builds, tests and benches without Python.
 //! 7. **Only `checkpoint` reads and writes files** (but for the system's memory limit); **unsafe lives only in
-//!    `backend`'s kernels and the one mmap.**
+//!    `backend`'s kernels, the one mmap and the dispatch of `wide`.**
 //! 8. **The engine thread owns all mutable state**; others send commands and receive events.
 //! 9. **Nothing is guessed silently.** What is missing, unknown, misshapen or unsupported is an error
 //!    that names it, what was given and what is allowed.
@@ -67,3 +67,4 @@ pub mod sequence;
 pub mod spec;
 pub mod step;
 pub mod weights;
+mod wide;

@@ -3,20 +3,36 @@
 use super::select;
 use crate::draw::{RowSummary, TokenLogprob};
 use crate::error::Result;
+use crate::wide::{Loops, widest};
 
 /// The list of [`RowSummary::logprobs`] for `token` and the `top` likeliest ids.
 pub fn token_logprobs(logits: &[f32], token: u32, top: usize) -> Result<Vec<TokenLogprob>> {
-    let max = super::row_max(logits)?;
-    let logit = logits[token as usize];
-    let summary = RowSummary {
-        token,
-        logit,
-        above: select::count_above(logits, logit),
-        max,
-        sum_exp: select::sum_exp(logits, max),
-        top: select::top(logits, top).into_iter().map(|id| (id, logits[id as usize])).collect(),
-    };
-    Ok(summary.logprobs())
+    Ok(widest(Summarise { logits, token, top })?.logprobs())
+}
+
+struct Summarise<'a> {
+    logits: &'a [f32],
+    token: u32,
+    top: usize,
+}
+
+impl Loops for Summarise<'_> {
+    type Output = Result<RowSummary>;
+
+    #[inline(always)]
+    fn run(self) -> Result<RowSummary> {
+        let Self { logits, token, top } = self;
+        let max = super::row_max(logits)?;
+        let logit = logits[token as usize];
+        Ok(RowSummary {
+            token,
+            logit,
+            above: select::count_above(logits, logit),
+            max,
+            sum_exp: select::sum_exp(logits, max),
+            top: select::top(logits, top).into_iter().map(|id| (id, logits[id as usize])).collect(),
+        })
+    }
 }
 
 #[cfg(test)]

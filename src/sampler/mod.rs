@@ -2,7 +2,9 @@
 //!
 //! Order: `logit_bias`, `allowed_token_ids`, `min_tokens`, `bad_words`, grammar mask → repetition, frequency,
 //! presence penalties → temperature → `min_p` → `top_k` → `top_p` → draw.
+#![allow(clippy::inline_always)] // Loops get the CPU's vectors by being inlined; see `wide`.
 
+mod candidates;
 mod logprobs;
 mod params;
 pub mod philox;
@@ -16,6 +18,8 @@ pub use params::{GREEDY_BELOW, MAX_SAMPLES, SamplingOptions, SamplingParams};
 
 use crate::draw::{Draw, MAX_DRAWN_LOGPROBS};
 use crate::error::{Error, Result};
+use crate::wide::widest;
+use candidates::{Candidates, DrawOne};
 
 const FORBIDDEN: f32 = f32::NEG_INFINITY;
 
@@ -121,15 +125,14 @@ impl SampleState {
 pub struct Sampler {
     eos_token_ids: Vec<u32>,
     logits: Vec<f32>,
-    weights: Vec<f32>,
-    candidates: Vec<u32>,
+    candidates: Candidates,
 }
 
 impl Sampler {
     /// A sampler for a model whose texts end with any of `eos_token_ids`.
     #[must_use]
     pub fn new(eos_token_ids: Vec<u32>) -> Self {
-        Self { eos_token_ids, logits: Vec::new(), weights: Vec::new(), candidates: Vec::new() }
+        Self { eos_token_ids, logits: Vec::new(), candidates: Candidates::default() }
     }
 
     /// The next token of `row`: a function of the row and of the state's seed, whatever else the
@@ -145,33 +148,12 @@ impl Sampler {
 
     /// The token that `draw` takes from `logits`: what a device that draws must give too.
     pub fn draw(&mut self, logits: &[f32], draw: &Draw) -> Result<u32> {
-        let Self { weights, candidates, .. } = self;
-        let max = row_max(logits)?;
-        let Some(scale) = draw.inverse_temperature else {
-            return Ok(select::position(logits, max) as u32);
-        };
-        if let Some(k) = draw.top_k {
-            let last = select::top(logits, k)[k - 1];
-            select::at_least(logits, logits[last as usize], candidates);
-            let kept: Vec<f32> = candidates.iter().map(|&id| logits[id as usize]).collect();
-            select::weigh(&kept, max, scale, weights);
-        } else {
-            select::weigh(logits, max, scale, weights);
-        }
-        if draw.min_p > 0.0 {
-            for weight in weights.iter_mut() {
-                *weight = if *weight < draw.min_p { 0.0 } else { *weight };
-            }
-        }
-        if draw.top_p < 1.0 {
-            select::cut_to_nucleus(weights, draw.top_p);
-        }
-        let chosen = select::pick(weights, draw.uniform);
-        Ok(if draw.top_k.is_some() { candidates[chosen] } else { chosen as u32 })
+        widest(DrawOne { candidates: &mut self.candidates, logits, draw })
     }
 }
 
 /// The largest logit of a row that something can be drawn from.
+#[inline(always)]
 fn row_max(logits: &[f32]) -> Result<f32> {
     match select::max(logits) {
         Some(max) if max.is_finite() => Ok(max),

@@ -1,0 +1,47 @@
+//! [`widest`]: plain loops, compiled for the widest vectors that the CPU has.
+#![allow(unsafe_code)] // Calls of `#[target_feature]` functions, after detection.
+
+/// A computation over plain numbers whose loops vectorise.
+pub(crate) trait Loops {
+    type Output;
+
+    /// Must be `#[inline(always)]`, as must all loops that it calls: what is not inlined keeps to the vectors that every
+    /// CPU has. The operations and their order are the same for all, so is every result.
+    fn run(self) -> Self::Output;
+}
+
+/// Runs `loops` with AVX-512 or AVX2 where they are there.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn widest<L: Loops>(loops: L) -> L::Output {
+    if is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512dq")
+        && is_x86_feature_detected!("avx512vl")
+    {
+        // SAFETY: the features are there.
+        unsafe { run_avx512(loops) }
+    } else if is_x86_feature_detected!("avx2") {
+        // SAFETY: as above.
+        unsafe { run_avx2(loops) }
+    } else {
+        loops.run()
+    }
+}
+
+/// Runs `loops`.
+#[cfg(not(target_arch = "x86_64"))]
+pub(crate) fn widest<L: Loops>(loops: L) -> L::Output {
+    loops.run()
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2")]
+fn run_avx512<L: Loops>(loops: L) -> L::Output {
+    loops.run()
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn run_avx2<L: Loops>(loops: L) -> L::Output {
+    loops.run()
+}
