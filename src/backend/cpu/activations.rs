@@ -16,8 +16,8 @@ use super::x86::Avx512;
 use super::x86_words::{Integers, Pairs};
 use super::{Arithmetic, Cpu};
 
-/// Most rows that are computed together.
-const MOST_ROWS: usize = 8;
+/// Most rows, or queries, that are computed together.
+pub(super) const MOST_ROWS: usize = 8;
 
 /// Rows that are computed together: `rows` of them, in `m` slots of which the last may be empty.
 pub(super) struct Group {
@@ -228,26 +228,36 @@ impl PackGroup<'_> {
                     self.sums[block * m + slot] = C::sum(&converted[slot]);
                 }
             }
-            match m {
-                8 => interleave_eight::<C::L>(&converted, words),
-                6 => interleave::<6>(&converted, words),
-                4 => interleave::<4>(&converted, words),
-                2 => interleave::<2>(&converted, words),
-                _ => interleave::<1>(&converted, words),
-            }
+            interleave::<C::L>(m, &converted, words);
         }
     }
 }
 
-/// `[slot][step]` to `[step][slot]`, as many steps as `words` has room for.
+/// `[slot][step]` of `m` slots to `[step][slot]`, as many steps as `words` has room for.
 #[inline(always)]
-fn interleave<const M: usize>(converted: &[[u32; 32]; MOST_ROWS], words: &mut [u32]) {
+pub(super) fn interleave<L: Lanes>(
+    m: usize,
+    converted: &[[u32; 32]; MOST_ROWS],
+    words: &mut [u32],
+) {
+    match m {
+        8 => interleave_eight::<L>(converted, words),
+        6 => interleave_some::<6>(converted, words),
+        4 => interleave_some::<4>(converted, words),
+        3 => interleave_some::<3>(converted, words),
+        2 => interleave_some::<2>(converted, words),
+        _ => interleave_some::<1>(converted, words),
+    }
+}
+
+#[inline(always)]
+fn interleave_some<const M: usize>(converted: &[[u32; 32]; MOST_ROWS], words: &mut [u32]) {
     for (step, words) in words.as_chunks_mut::<M>().0.iter_mut().enumerate() {
         *words = array_of!(slot < M => converted[slot][step]);
     }
 }
 
-/// The same for eight slots, sixteen steps at once.
+/// For eight slots, sixteen steps at once.
 #[inline(always)]
 fn interleave_eight<L: Lanes>(converted: &[[u32; 32]; MOST_ROWS], words: &mut [u32]) {
     for (part, words) in words.chunks_mut(8 * LANES).enumerate() {

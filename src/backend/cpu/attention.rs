@@ -9,6 +9,7 @@
 use std::cmp::Reverse;
 use std::ops::Range;
 
+use super::activations::MOST_ROWS;
 #[cfg(target_arch = "x86_64")]
 use super::attention_pages::Halves;
 use super::attention_pages::{Numbers, Pages, Scratch, Widened};
@@ -69,7 +70,7 @@ pub(crate) fn attention<E: PageElement>(cpu: &Cpu, input: &Attention<'_, E>) -> 
                 cpu.pool.run(work.len(), &|index| {
                     let mut state = None;
                     input.run(cpu, TaskKernel::new(input, &work, index, &mut state));
-                    input.write(work[index].0, &state.expect("a task has a span"), out);
+                    input.write(cpu, work[index].0, state, out);
                 });
             }
         })
@@ -99,7 +100,7 @@ fn by_span<E: PageElement>(
         for state in states.by_ref().take(task.spans().len()) {
             cpu.tier.run(Merge { into: &mut merged, state });
         }
-        input.write(task, &merged.expect("a task has a span"), out);
+        input.write(cpu, task, merged, out);
     }
 }
 
@@ -177,21 +178,9 @@ impl<E: PageElement> Attention<'_, E> {
     }
 
     /// Writes what the state has for the task.
-    fn write(&self, task: &Task<'_>, state: &State, out: Shared<f32>) {
-        let (dim, group) = (self.heads.head_dim, self.group());
-        // All heads have as many slots.
-        let slots = state.slots() / task.kv_heads.len();
-        for (index, kv_head) in task.kv_heads.clone().enumerate() {
-            let mut slot = index * slots;
-            for row in task.rows.clone() {
-                for head in kv_head * group..(kv_head + 1) * group {
-                    // SAFETY: no other task has this row and head.
-                    let out = unsafe { out.part((row * self.heads.num_heads + head) * dim, dim) };
-                    state.finish(slot, out);
-                    slot += 1;
-                }
-            }
-        }
+    fn write(&self, cpu: &Cpu, task: &Task<'_>, state: Option<State>, out: Shared<f32>) {
+        let state = state.expect("a task has a span");
+        cpu.tier.run(Write { heads: self.heads, task, state, out });
     }
 
     /// The task's queries of a head, times the scale, in blocks that are computed together; their slots come after
@@ -206,13 +195,15 @@ impl<E: PageElement> Attention<'_, E> {
         for first in (0..queries).step_by(full) {
             let count = full.min(queries - first);
             let m = sizes.iter().copied().find(|&m| m >= count).unwrap_or(full);
-            let mut block = Block::new(before + first, m, dim / P::STEP * P::PARTS);
-            for slot in 0..count {
-                let row = task.rows.start + (first + slot) / group;
-                let head = kv_head * group + (first + slot) % group;
+            let mut slots: [(&[f32], _); MOST_ROWS] = [(&[], (0, 0)); MOST_ROWS];
+            for (slot, query) in (first..first + count).enumerate() {
+                let (row, head) =
+                    (task.rows.start + query / group, kv_head * group + query % group);
                 let query = &self.qkv[row * self.width + head * dim..][..dim];
-                block.set::<P>(slot, (query, E::SCALED), self.op.scale, self.seen(row));
+                slots[slot] = (query, self.seen(row));
             }
+            let mut block = Block::new(before + first, m, dim / P::STEP * P::PARTS);
+            block.set::<P>(&slots[..count], self.op.scale, E::SCALED);
             blocks.push(block);
         }
         blocks
@@ -340,6 +331,36 @@ impl<E: PageElement> Attention<'_, E> {
         let valid = (last + 1 - start).min(TILE);
         let pages = pages.map(|(keys, values)| (keys.as_ptr().cast(), values.as_ptr().cast()));
         Tile { start, valid, pages, ahead: pages, scales, row: head_dim }
+    }
+}
+
+/// Writes the outputs of a task.
+struct Write<'a> {
+    heads: Heads,
+    task: &'a Task<'a>,
+    state: State,
+    /// `[tokens, heads * head_dim]`.
+    out: Shared<f32>,
+}
+
+impl Kernel for Write<'_> {
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let Self { heads: Heads { num_heads, num_kv_heads, head_dim }, task, state, out } = self;
+        let group = num_heads / num_kv_heads;
+        // All heads have as many slots.
+        let slots = state.slots() / task.kv_heads.len();
+        for (index, kv_head) in task.kv_heads.clone().enumerate() {
+            let mut slot = index * slots;
+            for row in task.rows.clone() {
+                for head in kv_head * group..(kv_head + 1) * group {
+                    // SAFETY: no other task has this row and head.
+                    let out = unsafe { out.part((row * num_heads + head) * head_dim, head_dim) };
+                    state.finish::<L>(slot, out);
+                    slot += 1;
+                }
+            }
+        }
     }
 }
 

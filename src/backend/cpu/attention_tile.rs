@@ -11,6 +11,7 @@ use std::ops::Range;
 
 use half::f16;
 
+use super::activations::{MOST_ROWS, interleave};
 use super::attention::TILE;
 use super::attention_pages::Pages;
 use super::attention_softmax::{Masks, softmax};
@@ -47,36 +48,42 @@ impl Block {
         Self { first, m, queries: vec![0; m * steps], seen: [none; 8], bounds: none }
     }
 
+    /// Sets the first slots: a query, times `scale`, and the first and last position that it sees, for each.
     /// `transformed`: as the keys are, which are multiples of scales.
     #[inline(always)]
     pub(super) fn set<P: Product>(
         &mut self,
-        slot: usize,
-        (query, transformed): (&[f32], bool),
+        slots: &[(&[f32], (usize, usize))],
         scale: f32,
-        seen: (usize, usize),
+        transformed: bool,
     ) {
-        let steps = 32 / P::STEP;
-        for (block, query) in query.chunks(32).enumerate() {
-            let mut numbers = [[0.0; 32]];
-            for (number, &q) in numbers[0].iter_mut().zip(query) {
-                *number = q * scale;
-            }
-            if transformed {
-                hadamard(&mut numbers[0][..query.len()]);
-            }
-            for part in 0..P::PARTS {
-                let mut packed = numbers;
-                P::pack(&mut packed);
-                P::subtract(&mut numbers, &packed);
-                for (i, word) in packed[0][..query.len() / P::STEP].iter().enumerate() {
-                    let step = block * steps + i;
-                    self.queries[(step * P::PARTS + part) * self.m + slot] = word.to_bits();
+        for (block, words) in self.queries.chunks_mut(32 / P::STEP * P::PARTS * self.m).enumerate()
+        {
+            let mut converted = [[0; 32]; MOST_ROWS];
+            for ((query, _), converted) in slots.iter().zip(&mut converted) {
+                let query = &query[block * 32..];
+                let mut numbers = [[0.0; 32]];
+                for (number, &q) in numbers[0].iter_mut().zip(query) {
+                    *number = q * scale;
+                }
+                if transformed {
+                    hadamard(&mut numbers[0][..query.len().min(32)]);
+                }
+                for part in 0..P::PARTS {
+                    let mut packed = numbers;
+                    P::pack(&mut packed);
+                    P::subtract(&mut numbers, &packed);
+                    for step in 0..32 / P::STEP {
+                        converted[step * P::PARTS + part] = packed[0][step].to_bits();
+                    }
                 }
             }
+            interleave::<P::L>(self.m, &converted, words);
         }
-        self.seen[slot] = seen;
-        self.bounds = (self.bounds.0.min(seen.0), self.bounds.1.max(seen.1));
+        for (slot, &(_, seen)) in slots.iter().enumerate() {
+            self.seen[slot] = seen;
+            self.bounds = (self.bounds.0.min(seen.0), self.bounds.1.max(seen.1));
+        }
     }
 }
 
@@ -222,9 +229,11 @@ impl State {
     }
 
     /// Writes the normalised output of a slot.
-    pub(super) fn finish(&self, slot: usize, out: &mut [f32]) {
-        let total: f32 = self.sums[slot * LANES..(slot + 1) * LANES].iter().sum();
-        let scale = 1.0 / total;
+    #[inline(always)]
+    pub(super) fn finish<L: Lanes>(&self, slot: usize, out: &mut [f32]) {
+        let sums = &self.sums[slot * LANES..][..LANES];
+        // SAFETY: 16 values.
+        let scale = 1.0 / unsafe { L::load(sums.as_ptr()) }.sum();
         for (out, x) in out.iter_mut().zip(&self.outputs[slot * self.padded..]) {
             *out = x * scale;
         }
