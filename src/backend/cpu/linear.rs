@@ -1,10 +1,12 @@
 //! Projections: rounds and rearranges the activations, then shares the panels among the threads.
 #![allow(unsafe_code)] // Threads write disjoint parts of one output; see `gemm` for the pointers.
 
+use std::cell::Cell;
+
 use super::activations::{Activations, Group, groups};
 use super::gemm::{Ahead, PanelTask};
 use super::lanes::Lanes;
-use super::memory::{Shared, written_by};
+use super::memory::{CACHE_LINE, Shared, written_by};
 use super::pack::{PANEL, Packed, Segment, block_bytes, block_len, scales};
 use super::product::{Dot, Exact, ProductKernel, run};
 #[cfg(target_arch = "x86_64")]
@@ -21,6 +23,16 @@ const ROW_BLOCK_GROUPS: usize = 16;
 
 /// Groups of rows from which on panels are unpacked before they are multiplied.
 const UNPACK_FROM: usize = 3;
+
+/// A cache line, of which no vector of weights takes two.
+#[derive(Clone, Copy, Default)]
+#[repr(align(64))]
+struct Line(#[expect(dead_code, reason = "it is room")] [u64; CACHE_LINE / 8]);
+
+thread_local! {
+    /// A panel as it is multiplied. Each thread keeps its own, which is near it.
+    static UNPACKED: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
+}
 
 /// `x · Wᵀ + bias` for `x`: `[rows, cols]` → `[rows, W.rows]`. Where `gated`, `silu(gate) * up` of the two halves of each
 /// of these rows, `[rows, W.rows / 2]`; they must be [apart](Packed::has_halves).
@@ -76,7 +88,7 @@ fn multiply(
                 .find(|x| x.arithmetic == segment.arithmetic)
                 .expect("`linear` makes the activations of every segment");
             let next = weight.panel_start(next);
-            let product = PanelProduct { cpu, weight, segment, panel, next, groups, x, out, width };
+            let product = PanelProduct { weight, segment, panel, next, groups, x, out, width };
             run(cpu.tier, segment.arithmetic, product);
         }
     });
@@ -84,7 +96,6 @@ fn multiply(
 
 /// A panel of a segment times a block of rows.
 struct PanelProduct<'a> {
-    cpu: &'a Cpu,
     weight: &'a Packed,
     segment: &'a Segment,
     panel: usize,
@@ -153,7 +164,8 @@ impl PanelProduct<'_> {
             return P::visit(encoding, AsPacked(self));
         }
         let blocks = self.blocks();
-        let mut unpacked = self.cpu.spare(blocks * bytes / size_of::<u32>());
+        let mut unpacked = UNPACKED.take();
+        unpacked.resize((blocks * bytes).div_ceil(CACHE_LINE).max(unpacked.len()), Line::default());
         let to: *mut u8 = unpacked.as_mut_ptr().cast();
         P::visit(encoding, Unpack { panel: self.bytes(), blocks, to });
         // SAFETY: all blocks have just been unpacked; `multiply` has gates written first.
@@ -165,7 +177,7 @@ impl PanelProduct<'_> {
                 _ => self.passes::<P, Unpacked<2>>(to),
             }
         }
-        self.cpu.put_back([unpacked]);
+        UNPACKED.set(unpacked);
     }
 
     fn bytes(&self) -> *const u8 {

@@ -88,8 +88,8 @@ impl Cpu {
         self.scratch.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A buffer of at least `len` words with any content, for rearranged activations or an unpacked panel: the smallest
-    /// spare one, or a new one in the place of the largest.
+    /// A buffer of at least `len` words with any content, for rearranged activations: the smallest spare one, or a new one
+    /// in the place of the largest.
     fn spare(&self, len: usize) -> Vec<u32> {
         let mut spares = self.spares();
         spares.sort_by_key(Vec::len);

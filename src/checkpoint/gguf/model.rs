@@ -7,6 +7,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value as Json};
 
+use super::parse::TOKENIZER_KEYS;
 use super::{Metadata, Value};
 use crate::checkpoint::fields::{Fields, differ};
 use crate::checkpoint::{Checkpoint, RawTensor, layer_count, rules, split_heads};
@@ -240,7 +241,7 @@ fn frequency_factors(tensor: &RawTensor) -> Result<Vec<f32>> {
 /// The keys under `prefix` (all but the tokenizer's for an empty one) in the form that [`Fields`] reads.
 fn fields(metadata: &Metadata, prefix: &str) -> Fields {
     let mut values = Map::new();
-    for (key, value) in metadata.iter().filter(|(key, _)| !key.starts_with("tokenizer.")) {
+    for (key, value) in metadata.iter().filter(|(key, _)| !key.starts_with(TOKENIZER_KEYS)) {
         if let Some(key) = key.strip_prefix(prefix) {
             values.insert(key.to_owned(), json(value));
         }

@@ -20,6 +20,8 @@ use crate::weights::{Bytes, Encoding};
 const MAX_ARRAY_VALUES: usize = 1 << 22;
 const MAX_ARRAY_DEPTH: usize = 4;
 const MAX_DIMS: u32 = 4;
+/// What keys that no model needs start with.
+pub(super) const TOKENIZER_KEYS: &str = "tokenizer.";
 const ALIGNMENT_KEY: &str = "general.alignment";
 const DEFAULT_ALIGNMENT: usize = 32;
 /// The smallest key (empty key, type, one-byte value) and tensor (empty name, no dimension).
@@ -28,6 +30,7 @@ const MIN_TENSOR_BYTES: usize = 8 + 4 + 4 + 8;
 
 /// A parsed header.
 pub(super) struct File {
+    /// Without the tokenizer's arrays.
     pub(super) metadata: Metadata,
     infos: Vec<Info>,
     alignment: usize,
@@ -44,16 +47,16 @@ struct Info {
 
 /// The keys alone, of a file whose tensors may be of any type.
 pub(super) fn metadata(bytes: &[u8]) -> Result<Metadata> {
-    let mut reader = Reader { bytes, at: 0, array_values: 0 };
+    let mut reader = Reader { bytes, at: 0, array_values: 0, passes_arrays: false };
     let (_, keys) = header(&mut reader)?;
-    read_metadata(&mut reader, keys)
+    read_metadata(&mut reader, keys, |_| true)
 }
 
 impl File {
     pub(super) fn parse(bytes: &[u8]) -> Result<Self> {
-        let mut reader = Reader { bytes, at: 0, array_values: 0 };
+        let mut reader = Reader { bytes, at: 0, array_values: 0, passes_arrays: false };
         let (tensors, keys) = header(&mut reader)?;
-        let metadata = read_metadata(&mut reader, keys)?;
+        let metadata = read_metadata(&mut reader, keys, |key| !key.starts_with(TOKENIZER_KEYS))?;
         let alignment = alignment(&metadata)?;
         let count = reader.count(tensors, MIN_TENSOR_BYTES, || "tensors".into())?;
         let mut infos = Vec::with_capacity(count);
@@ -151,11 +154,17 @@ fn header(reader: &mut Reader) -> Result<(u64, u64)> {
     Ok((reader.u64()?, reader.u64()?))
 }
 
-fn read_metadata(reader: &mut Reader, count: u64) -> Result<Metadata> {
+/// Keys and values; arrays of keys that `keeps` does not want are checked and left empty.
+fn read_metadata(
+    reader: &mut Reader,
+    count: u64,
+    keeps: impl Fn(&str) -> bool,
+) -> Result<Metadata> {
     let count = reader.count(count, MIN_KEY_BYTES, || "keys".into())?;
     let mut metadata = Metadata::new();
     for index in 0..count {
         let key = reader.string().context(|| format!("key {index} of {count}"))?;
+        reader.passes_arrays = !keeps(&key);
         let value = reader
             .u32()
             .and_then(|kind| reader.value(kind, 0))
@@ -266,6 +275,8 @@ struct Reader<'a> {
     bytes: &'a [u8],
     at: usize,
     array_values: usize,
+    /// Whether arrays are read and not kept: a vocabulary takes megabytes.
+    passes_arrays: bool,
 }
 
 impl Reader<'_> {
@@ -353,6 +364,10 @@ impl Reader<'_> {
         self.array_values += count;
         if self.array_values > MAX_ARRAY_VALUES {
             return Err(Error::checkpoint(format!("more than {MAX_ARRAY_VALUES} array values")));
+        }
+        if self.passes_arrays {
+            (0..count).try_for_each(|_| self.value(kind, depth + 1).map(drop))?;
+            return Ok(Value::Array(Vec::new()));
         }
         (0..count).map(|_| self.value(kind, depth + 1)).collect::<Result<_>>().map(Value::Array)
     }
