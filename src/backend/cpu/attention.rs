@@ -356,7 +356,7 @@ impl Kernel for Write<'_> {
                 for head in kv_head * group..(kv_head + 1) * group {
                     // SAFETY: no other task has this row and head.
                     let out = unsafe { out.part((row * num_heads + head) * head_dim, head_dim) };
-                    state.finish::<L>(slot, out);
+                    state.finish(slot, out);
                     slot += 1;
                 }
             }

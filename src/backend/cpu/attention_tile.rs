@@ -230,10 +230,9 @@ impl State {
 
     /// Writes the normalised output of a slot.
     #[inline(always)]
-    pub(super) fn finish<L: Lanes>(&self, slot: usize, out: &mut [f32]) {
-        let sums = &self.sums[slot * LANES..][..LANES];
-        // SAFETY: 16 values.
-        let scale = 1.0 / unsafe { L::load(sums.as_ptr()) }.sum();
+    pub(super) fn finish(&self, slot: usize, out: &mut [f32]) {
+        let total: f32 = self.sums[slot * LANES..][..LANES].iter().sum();
+        let scale = 1.0 / total;
         for (out, x) in out.iter_mut().zip(&self.outputs[slot * self.padded..]) {
             *out = x * scale;
         }
