@@ -5,7 +5,7 @@
 pub(crate) trait Loops {
     type Output;
 
-    /// Must be `#[inline(always)]`, as must all loops that it calls: what is not inlined keeps to the vectors that every
+    /// Must be `#[inline(always)]`, as must the loops that gain by it: what is not inlined keeps to the vectors that every
     /// CPU has. The operations and their order are the same for all, so is every result.
     fn run(self) -> Self::Output;
 }
@@ -13,14 +13,18 @@ pub(crate) trait Loops {
 /// Runs `loops` with AVX-512 or AVX2 where they are there.
 #[cfg(target_arch = "x86_64")]
 pub(crate) fn widest<L: Loops>(loops: L) -> L::Output {
-    if is_x86_feature_detected!("avx512f")
+    let has_avx2 = is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("fma")
+        && is_x86_feature_detected!("f16c");
+    if has_avx2
+        && is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512dq")
         && is_x86_feature_detected!("avx512vl")
     {
         // SAFETY: the features are there.
         unsafe { run_avx512(loops) }
-    } else if is_x86_feature_detected!("avx2") {
+    } else if has_avx2 {
         // SAFETY: as above.
         unsafe { run_avx2(loops) }
     } else {

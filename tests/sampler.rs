@@ -207,9 +207,15 @@ fn nuclei_of_any_width_agree_with_the_naive_version() {
         (0..3000).map(|i| -1.6 * (((i * 7919) % 3001) as f32 / 3001.0 + 1e-4).ln()).collect();
     let wide: Vec<f64> = logits.iter().map(|&logit| f64::from(logit)).collect();
     for temperature in [0.5, 1.0, 2.0, 9.0] {
-        for (top_p, min_p, top_k) in
-            [(0.5, 0.0, 0), (0.97, 0.0, 0), (0.999, 0.01, 0), (0.9, 0.0, 700), (1.0, 0.05, 700)]
-        {
+        for (top_p, min_p, top_k) in [
+            (0.5, 0.0, 0),
+            (0.97, 0.0, 0),
+            (0.9999, 0.0, 0),
+            (0.999, 0.01, 0),
+            (0.97, 0.001, 0),
+            (0.9, 0.01, 700),
+            (1.0, 0.05, 700),
+        ] {
             for seed in 0..5 {
                 let base = SamplingOptions {
                     temperature,

@@ -24,7 +24,7 @@ const ROW_BLOCK_GROUPS: usize = 16;
 /// Groups of rows from which on panels are unpacked before they are multiplied.
 const UNPACK_FROM: usize = 3;
 
-/// A cache line, of which no vector of weights takes two.
+/// A cache line: so aligned, no vector of weights straddles two.
 #[derive(Clone, Copy, Default)]
 #[repr(align(64))]
 struct Line(#[expect(dead_code, reason = "it is room")] [u64; CACHE_LINE / 8]);
@@ -148,7 +148,7 @@ struct Unpack {
 impl<P: Dot> Visitor<P> for Unpack {
     #[inline(always)]
     fn visit<S: Source<P>>(self) {
-        // SAFETY: `Panels::each` hands a whole panel and room for it.
+        // SAFETY: `PanelProduct::multiply` hands a whole panel and room for its blocks.
         unsafe { unpack::<P, S>(self.panel, self.blocks, self.to) }
     }
 }

@@ -30,7 +30,7 @@ const MIN_TENSOR_BYTES: usize = 8 + 4 + 4 + 8;
 
 /// A parsed header.
 pub(super) struct File {
-    /// Without the tokenizer's arrays.
+    /// The tokenizer's arrays are left empty.
     pub(super) metadata: Metadata,
     infos: Vec<Info>,
     alignment: usize,
