@@ -10,21 +10,31 @@ pub(crate) trait Loops {
     fn run(self) -> Self::Output;
 }
 
-/// Runs `loops` with AVX-512 or AVX2 where they are there.
+/// Whether the CPU has AVX2, and FMA and F16C, which come with it.
 #[cfg(target_arch = "x86_64")]
-pub(crate) fn widest<L: Loops>(loops: L) -> L::Output {
-    let has_avx2 = is_x86_feature_detected!("avx2")
+pub(crate) fn has_avx2() -> bool {
+    is_x86_feature_detected!("avx2")
         && is_x86_feature_detected!("fma")
-        && is_x86_feature_detected!("f16c");
-    if has_avx2
+        && is_x86_feature_detected!("f16c")
+}
+
+/// Whether it has the same and AVX-512 F, BW, DQ and VL.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn has_avx512() -> bool {
+    has_avx2()
         && is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512dq")
         && is_x86_feature_detected!("avx512vl")
-    {
+}
+
+/// Runs `loops` with AVX-512 or AVX2 where they are there.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn widest<L: Loops>(loops: L) -> L::Output {
+    if has_avx512() {
         // SAFETY: the features are there.
         unsafe { run_avx512(loops) }
-    } else if has_avx2 {
+    } else if has_avx2() {
         // SAFETY: as above.
         unsafe { run_avx2(loops) }
     } else {

@@ -39,7 +39,7 @@ const RULES: &[(&str, &[&str])] = &[
             "step",
         ],
     ),
-    ("backend", &["error", "config", "spec", "weights", "cache::block", "draw", "backend"]),
+    ("backend", &["error", "config", "spec", "weights", "wide", "cache::block", "draw", "backend"]),
     ("layers", &["error", "spec", "weights", "backend", "layers"]),
     ("decoder.rs", &["error", "spec", "weights", "backend", "layers", "cache::pool"]),
     ("checkpoint", &["error", "spec", "weights", "checkpoint"]),

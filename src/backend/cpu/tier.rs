@@ -7,6 +7,8 @@ use super::neon::Neon;
 #[cfg(target_arch = "x86_64")]
 use super::x86::{Avx2, Avx512};
 use crate::error::{Error, Result};
+#[cfg(target_arch = "x86_64")]
+use crate::wide::{has_avx2, has_avx512};
 
 /// An instruction tier; later ones are preferred.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -79,14 +81,7 @@ impl Tier {
 
     #[cfg(target_arch = "x86_64")]
     pub(crate) fn is_present(self) -> bool {
-        let avx2 = is_x86_feature_detected!("avx2")
-            && is_x86_feature_detected!("fma")
-            && is_x86_feature_detected!("f16c");
-        let avx512 = avx2
-            && is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512bw")
-            && is_x86_feature_detected!("avx512dq")
-            && is_x86_feature_detected!("avx512vl");
+        let (avx2, avx512) = (has_avx2(), has_avx512());
         match self {
             Self::Portable => true,
             Self::Neon => false,
