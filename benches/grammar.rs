@@ -59,15 +59,19 @@ fn byte_characters() -> HashMap<char, u8> {
 }
 
 fn vocabulary(path: &Path) -> Vec<Vec<u8>> {
-    let metadata = gguf::metadata(path).expect("a GGUF file");
-    let tokens = metadata.into_iter().find(|(key, _)| key == "tokenizer.ggml.tokens");
-    let Some((_, Value::Array(tokens))) = tokens else { panic!("no tokens") };
     let bytes = byte_characters();
-    let token = |value| match value {
+    let token = |value: Value<'_>| match value {
         Value::String(text) => text.chars().map(|c| bytes.get(&c).copied()).collect::<Option<_>>(),
         _ => None,
     };
-    tokens.into_iter().map(|value| token(value).unwrap_or_default()).collect()
+    let tokens =
+        gguf::metadata(path, |mut metadata| match metadata.remove("tokenizer.ggml.tokens") {
+            Some(Value::Array(tokens)) => {
+                tokens.into_iter().map(|value| token(value).unwrap_or_default()).collect()
+            }
+            _ => panic!("no tokens"),
+        });
+    tokens.expect("a GGUF file")
 }
 
 /// Microseconds of each mask of random walks.

@@ -50,6 +50,7 @@ impl Decoder {
             backend.pack(&[builder.matrix("lm_head.weight", vocab, hidden)?], None)?
         };
         weights.finish()?;
+        embed.release_file();
         Ok(Self { embed, layers, norm, lm_head, norm_eps: spec.norm_eps })
     }
 

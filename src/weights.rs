@@ -110,6 +110,11 @@ impl Bytes {
     pub fn release(&self) {
         self.owner.release(&self.range);
     }
+
+    /// As [`release`](Self::release), of all that the bytes are a range of.
+    pub fn release_owner(&self) {
+        self.owner.release(&(0..(*self.owner).as_ref().len()));
+    }
 }
 
 impl fmt::Debug for Bytes {

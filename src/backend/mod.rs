@@ -453,6 +453,15 @@ impl Table {
             TableRows::Cuda(matrix) => matrix.outs(),
         }
     }
+
+    /// Lets the system take back what else of the table's file is in memory.
+    pub fn release_file(&self) {
+        match &self.rows {
+            TableRows::Stored(stored) => stored.data.release_owner(),
+            #[cfg(feature = "cuda")]
+            TableRows::Cuda(_) => (),
+        }
+    }
 }
 
 impl Linear {

@@ -1,46 +1,53 @@
 //! Functions that need no engine: GGUF metadata for the tokenizer, and what the machine offers.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use pyo3::IntoPyObjectExt;
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
-use pyo3::types::{PyDict, PyString};
+use pyo3::types::{PyDict, PyList, PyString};
 
 use super::error::CheckpointError;
 use crate::backend::Backend;
 use crate::checkpoint;
-use crate::checkpoint::gguf::{self, Value};
+use crate::checkpoint::gguf::{self, Metadata, Value};
 use crate::config::DType;
 
 /// Every metadata key of a GGUF file, arrays as lists.
 #[pyfunction]
-pub(super) fn gguf_metadata(
-    py: Python<'_>,
-    path: PathBuf,
-) -> PyResult<BTreeMap<String, Py<PyAny>>> {
-    let metadata = py.detach(move || gguf::metadata(&path))?;
-    metadata.into_iter().map(|(key, value)| Ok((key, to_python(py, value)?))).collect()
+pub(super) fn gguf_metadata(py: Python<'_>, path: PathBuf) -> PyResult<Py<PyDict>> {
+    let dict = |metadata: Metadata<'_>| {
+        Python::attach(|py| {
+            let dict = PyDict::new(py);
+            for (key, value) in metadata {
+                dict.set_item(key, to_python(py, value)?)?;
+            }
+            Ok(dict.unbind())
+        })
+    };
+    py.detach(move || gguf::metadata(&path, dict))?
 }
 
-fn to_python(py: Python<'_>, value: Value) -> PyResult<Py<PyAny>> {
+fn to_python<'py>(py: Python<'py>, value: Value<'_>) -> PyResult<Bound<'py, PyAny>> {
     match value {
-        Value::U8(x) => x.into_py_any(py),
-        Value::I8(x) => x.into_py_any(py),
-        Value::U16(x) => x.into_py_any(py),
-        Value::I16(x) => x.into_py_any(py),
-        Value::U32(x) => x.into_py_any(py),
-        Value::I32(x) => x.into_py_any(py),
-        Value::F32(x) => x.into_py_any(py),
-        Value::Bool(x) => x.into_py_any(py),
-        Value::String(x) => x.into_py_any(py),
-        Value::U64(x) => x.into_py_any(py),
-        Value::I64(x) => x.into_py_any(py),
-        Value::F64(x) => x.into_py_any(py),
+        Value::U8(x) => x.into_bound_py_any(py),
+        Value::I8(x) => x.into_bound_py_any(py),
+        Value::U16(x) => x.into_bound_py_any(py),
+        Value::I16(x) => x.into_bound_py_any(py),
+        Value::U32(x) => x.into_bound_py_any(py),
+        Value::I32(x) => x.into_bound_py_any(py),
+        Value::F32(x) => x.into_bound_py_any(py),
+        Value::Bool(x) => x.into_bound_py_any(py),
+        Value::String(x) => x.into_bound_py_any(py),
+        Value::U64(x) => x.into_bound_py_any(py),
+        Value::I64(x) => x.into_bound_py_any(py),
+        Value::F64(x) => x.into_bound_py_any(py),
         Value::Array(values) => {
-            let items: PyResult<Vec<_>> = values.into_iter().map(|x| to_python(py, x)).collect();
-            items?.into_py_any(py)
+            let items = PyList::empty(py);
+            for value in values {
+                items.append(to_python(py, value)?)?;
+            }
+            Ok(items.into_any())
         }
     }
 }

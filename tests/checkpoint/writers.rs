@@ -236,7 +236,7 @@ pub(crate) fn raw_safetensors(header: &str, data: &[u8]) -> Vec<u8> {
 #[derive(Clone)]
 pub(crate) struct Gguf {
     pub(crate) version: u32,
-    pub(crate) keys: Vec<(String, Value)>,
+    pub(crate) keys: Vec<(String, Value<'static>)>,
     pub(crate) tensors: Vec<Tensor>,
     pub(crate) alignment: usize,
     /// Moves a tensor's offset, for broken files.
@@ -244,7 +244,7 @@ pub(crate) struct Gguf {
 }
 
 impl Gguf {
-    pub(crate) fn set(mut self, key: &str, value: Value) -> Self {
+    pub(crate) fn set(mut self, key: &str, value: Value<'static>) -> Self {
         self = self.without(key);
         self.keys.push((key.into(), value));
         self
@@ -292,7 +292,7 @@ pub(crate) fn put_string(out: &mut Vec<u8>, text: &str) {
     out.extend(text.as_bytes());
 }
 
-fn type_of(value: &Value) -> u32 {
+fn type_of(value: &Value<'_>) -> u32 {
     match value {
         Value::U8(_) => 0,
         Value::I8(_) => 1,
@@ -310,7 +310,7 @@ fn type_of(value: &Value) -> u32 {
     }
 }
 
-fn put_value(out: &mut Vec<u8>, value: &Value) {
+fn put_value(out: &mut Vec<u8>, value: &Value<'_>) {
     match value {
         Value::U8(number) => out.extend(number.to_le_bytes()),
         Value::I8(number) => out.extend(number.to_le_bytes()),
@@ -335,11 +335,11 @@ fn put_value(out: &mut Vec<u8>, value: &Value) {
 }
 
 /// [`llama_spec`] as a GGUF file of `architecture`.
-pub(crate) fn gguf(architecture: &str, spec: &ModelSpec) -> Gguf {
+pub(crate) fn gguf(architecture: &'static str, spec: &ModelSpec) -> Gguf {
     let number = |value: usize| Value::U32(value as u32);
     let key = |name: &str| format!("{architecture}.{name}");
     let keys = vec![
-        ("general.architecture".into(), Value::String(architecture.into())),
+        ("general.architecture".into(), Value::String(architecture)),
         (key("block_count"), number(spec.num_layers)),
         (key("context_length"), number(spec.max_positions)),
         (key("embedding_length"), number(spec.hidden_size)),

@@ -14,7 +14,7 @@ use crate::error::{Result, ResultExt};
 
 /// One metadata value, in the type that the file gives it.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Value {
+pub enum Value<'a> {
     /// Type 0.
     U8(u8),
     /// Type 1.
@@ -32,9 +32,9 @@ pub enum Value {
     /// Type 7.
     Bool(bool),
     /// Type 8.
-    String(String),
+    String(&'a str),
     /// Type 9: values of one type.
-    Array(Vec<Value>),
+    Array(Vec<Value<'a>>),
     /// Type 10.
     U64(u64),
     /// Type 11.
@@ -44,12 +44,13 @@ pub enum Value {
 }
 
 /// All keys and values of a file's header.
-pub type Metadata = BTreeMap<String, Value>;
+pub type Metadata<'a> = BTreeMap<&'a str, Value<'a>>;
 
-/// Reads the keys and values of a `.gguf` file, among them the tokenizer's; no tensor is looked at.
-pub fn metadata(path: &Path) -> Result<Metadata> {
+/// What `read` makes of the keys and values of a `.gguf` file, among them the tokenizer's. Text lies in the mapped
+/// file; no tensor is looked at.
+pub fn metadata<T>(path: &Path, read: impl FnOnce(Metadata<'_>) -> T) -> Result<T> {
     let map = mmap::map(path)?;
-    parse::metadata((*map).as_ref()).context(|| path.display())
+    parse::metadata((*map).as_ref()).map(read).context(|| path.display())
 }
 
 pub(super) fn load(path: &Path) -> Result<Checkpoint> {

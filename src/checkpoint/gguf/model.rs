@@ -51,7 +51,7 @@ const ARCHITECTURES: [Architecture; 3] = [
 const ROPE_FREQS: &str = "rope_freqs.weight";
 const EMBEDDING: &str = "token_embd.weight";
 
-pub(super) fn spec(metadata: &Metadata, tensors: &[RawTensor]) -> Result<ModelSpec> {
+pub(super) fn spec(metadata: &Metadata<'_>, tensors: &[RawTensor]) -> Result<ModelSpec> {
     let general = fields(metadata, "");
     let Some(name) = general.opt_text("general.architecture")? else {
         return Err(Error::checkpoint("\"general.architecture\" is missing"));
@@ -239,7 +239,7 @@ fn frequency_factors(tensor: &RawTensor) -> Result<Vec<f32>> {
 }
 
 /// The keys under `prefix` (all but the tokenizer's for an empty one) in the form that [`Fields`] reads.
-fn fields(metadata: &Metadata, prefix: &str) -> Fields {
+fn fields(metadata: &Metadata<'_>, prefix: &str) -> Fields {
     let mut values = Map::new();
     for (key, value) in metadata.iter().filter(|(key, _)| !key.starts_with(TOKENIZER_KEYS)) {
         if let Some(key) = key.strip_prefix(prefix) {
@@ -249,7 +249,7 @@ fn fields(metadata: &Metadata, prefix: &str) -> Fields {
     Fields::new(values, prefix)
 }
 
-fn json(value: &Value) -> Json {
+fn json(value: &Value<'_>) -> Json {
     match value {
         Value::U8(number) => (*number).into(),
         Value::I8(number) => (*number).into(),
@@ -262,7 +262,7 @@ fn json(value: &Value) -> Json {
         Value::F32(number) => float((*number).into()),
         Value::F64(number) => float(*number),
         Value::Bool(flag) => (*flag).into(),
-        Value::String(text) => text.as_str().into(),
+        Value::String(text) => (*text).into(),
         Value::Array(values) => values.iter().map(json).collect(),
     }
 }

@@ -29,9 +29,8 @@ const MIN_KEY_BYTES: usize = 8 + 4 + 1;
 const MIN_TENSOR_BYTES: usize = 8 + 4 + 4 + 8;
 
 /// A parsed header.
-pub(super) struct File {
-    /// The tokenizer's arrays are left empty.
-    pub(super) metadata: Metadata,
+pub(super) struct File<'a> {
+    pub(super) metadata: Metadata<'a>,
     infos: Vec<Info>,
     alignment: usize,
     data_start: usize,
@@ -46,17 +45,17 @@ struct Info {
 }
 
 /// The keys alone, of a file whose tensors may be of any type.
-pub(super) fn metadata(bytes: &[u8]) -> Result<Metadata> {
-    let mut reader = Reader { bytes, at: 0, array_values: 0, passes_arrays: false };
+pub(super) fn metadata(bytes: &[u8]) -> Result<Metadata<'_>> {
+    let mut reader = Reader { bytes, at: 0, array_values: 0 };
     let (_, keys) = header(&mut reader)?;
-    read_metadata(&mut reader, keys, |_| true)
+    read_metadata(&mut reader, keys)
 }
 
-impl File {
-    pub(super) fn parse(bytes: &[u8]) -> Result<Self> {
-        let mut reader = Reader { bytes, at: 0, array_values: 0, passes_arrays: false };
+impl<'a> File<'a> {
+    pub(super) fn parse(bytes: &'a [u8]) -> Result<Self> {
+        let mut reader = Reader { bytes, at: 0, array_values: 0 };
         let (tensors, keys) = header(&mut reader)?;
-        let metadata = read_metadata(&mut reader, keys, |key| !key.starts_with(TOKENIZER_KEYS))?;
+        let metadata = read_metadata(&mut reader, keys)?;
         let alignment = alignment(&metadata)?;
         let count = reader.count(tensors, MIN_TENSOR_BYTES, || "tensors".into())?;
         let mut infos = Vec::with_capacity(count);
@@ -154,22 +153,16 @@ fn header(reader: &mut Reader) -> Result<(u64, u64)> {
     Ok((reader.u64()?, reader.u64()?))
 }
 
-/// Keys and values; arrays of keys that `keeps` does not want are checked and left empty.
-fn read_metadata(
-    reader: &mut Reader,
-    count: u64,
-    keeps: impl Fn(&str) -> bool,
-) -> Result<Metadata> {
+fn read_metadata<'a>(reader: &mut Reader<'a>, count: u64) -> Result<Metadata<'a>> {
     let count = reader.count(count, MIN_KEY_BYTES, || "keys".into())?;
     let mut metadata = Metadata::new();
     for index in 0..count {
         let key = reader.string().context(|| format!("key {index} of {count}"))?;
-        reader.passes_arrays = !keeps(&key);
         let value = reader
             .u32()
             .and_then(|kind| reader.value(kind, 0))
             .context(|| format!("key \"{key}\""))?;
-        if metadata.insert(key.clone(), value).is_some() {
+        if metadata.insert(key, value).is_some() {
             return Err(Error::checkpoint(format!("key \"{key}\" is there twice")));
         }
     }
@@ -187,7 +180,7 @@ fn alignment(metadata: &Metadata) -> Result<usize> {
 }
 
 fn read_info(reader: &mut Reader) -> Result<Info> {
-    let name = reader.string()?;
+    let name = reader.string()?.to_owned();
     let dims = reader.u32()?;
     if !(1..=MAX_DIMS).contains(&dims) {
         return Err(Error::checkpoint(format!(
@@ -275,12 +268,10 @@ struct Reader<'a> {
     bytes: &'a [u8],
     at: usize,
     array_values: usize,
-    /// Whether arrays are read and not kept: a vocabulary takes megabytes.
-    passes_arrays: bool,
 }
 
-impl Reader<'_> {
-    fn take(&mut self, len: usize) -> Result<&[u8]> {
+impl<'a> Reader<'a> {
+    fn take(&mut self, len: usize) -> Result<&'a [u8]> {
         let end = self.at.checked_add(len).filter(|&end| end <= self.bytes.len());
         let Some(end) = end else {
             return Err(Error::checkpoint(format!(
@@ -317,16 +308,13 @@ impl Reader<'_> {
         })
     }
 
-    fn string(&mut self) -> Result<String> {
+    fn string(&mut self) -> Result<&'a str> {
         let len = self.u64()?;
         let len = self.count(len, 1, || "bytes of a string".into())?;
-        let bytes = self.take(len)?;
-        std::str::from_utf8(bytes)
-            .map(str::to_owned)
-            .map_err(|_| Error::checkpoint("a string is not UTF-8"))
+        std::str::from_utf8(self.take(len)?).map_err(|_| Error::checkpoint("a string is not UTF-8"))
     }
 
-    fn value(&mut self, kind: u32, depth: usize) -> Result<Value> {
+    fn value(&mut self, kind: u32, depth: usize) -> Result<Value<'a>> {
         Ok(match kind {
             0 => Value::U8(u8::from_le_bytes(self.array()?)),
             1 => Value::I8(i8::from_le_bytes(self.array()?)),
@@ -354,7 +342,7 @@ impl Reader<'_> {
         })
     }
 
-    fn values(&mut self, depth: usize) -> Result<Value> {
+    fn values(&mut self, depth: usize) -> Result<Value<'a>> {
         if depth == MAX_ARRAY_DEPTH {
             return Err(Error::checkpoint(format!("arrays nest deeper than {MAX_ARRAY_DEPTH}")));
         }
@@ -365,11 +353,11 @@ impl Reader<'_> {
         if self.array_values > MAX_ARRAY_VALUES {
             return Err(Error::checkpoint(format!("more than {MAX_ARRAY_VALUES} array values")));
         }
-        if self.passes_arrays {
-            (0..count).try_for_each(|_| self.value(kind, depth + 1).map(drop))?;
-            return Ok(Value::Array(Vec::new()));
+        let mut values = Vec::with_capacity(count);
+        for _ in 0..count {
+            values.push(self.value(kind, depth + 1)?);
         }
-        (0..count).map(|_| self.value(kind, depth + 1)).collect::<Result<_>>().map(Value::Array)
+        Ok(Value::Array(values))
     }
 }
 
