@@ -2,9 +2,9 @@
 //!
 //! `cargo bench --bench decode` measures random `Q4_1` weights; `-- FILE` measures a checkpoint, and
 //! `-- FILE WORD` only what has the word in its name.
-//! Prints tokens per second (median of 5; of 33 where a step is one token each), for one sequence also the
-//! rate at which weights and cache are read, as a fraction of what this machine's memory gives. Ends with
-//! one JSON line.
+//! Prints tokens per second (median of 5; of 33 where a step is one token each). Steps of one sequence take turns with
+//! readings of memory, 200 and 25 of them: the rate at which weights and cache are read is given as a fraction of what
+//! the memory gives. Ends with one JSON line.
 
 #![allow(clippy::print_stdout, reason = "a bench reports to the terminal")]
 
@@ -24,6 +24,7 @@ use astrai_rs::spec::{
 };
 use astrai_rs::step::{Chunk, ChunkTokens, Forward, LogitRows, Outcome, Step};
 use astrai_rs::weights::{Bytes, Encoding, StoredTensor, Weights};
+use limits::{Limits, Reading};
 
 /// Most sequences of a step.
 const MAX_SEQS: usize = 64;
@@ -148,12 +149,27 @@ fn seconds(runner: &mut Runner, count: usize, start: usize, len: usize) -> f64 {
     begin.elapsed().as_secs_f64()
 }
 
+fn median(mut numbers: Vec<f64>) -> f64 {
+    numbers.sort_by(f64::total_cmp);
+    numbers[numbers.len() / 2]
+}
+
 /// Median tokens per second of `count` sequences × `len` tokens.
 fn rate(runner: &mut Runner, count: usize, start: usize, len: usize) -> f64 {
     let repeats = if len == 1 { 33 } else { 5 };
-    let mut times: Vec<f64> = (0..repeats).map(|_| seconds(runner, count, start, len)).collect();
-    times.sort_by(f64::total_cmp);
-    (count * len) as f64 / times[repeats / 2]
+    let times = (0..repeats).map(|_| seconds(runner, count, start, len));
+    (count * len) as f64 / median(times.collect())
+}
+
+/// Tokens per second of one sequence, and GB/s that the memory gave meanwhile: medians of steps and of readings, which
+/// take turns.
+fn rate_and_memory(runner: &mut Runner, start: usize, reading: &Reading) -> (f64, f64) {
+    let (mut times, mut memory) = (Vec::new(), Vec::new());
+    for _ in 0..25 {
+        memory.push(reading.rate());
+        times.extend((0..8).map(|_| seconds(runner, 1, start, 1)));
+    }
+    (1.0 / median(times), median(memory))
 }
 
 fn main() {
@@ -174,8 +190,9 @@ fn main() {
     let token_bytes = spec.num_layers * backend.kv_bytes_per_token(heads);
     let (weight_bytes, max_positions) = (read_in_a_step(&checkpoint), spec.max_positions);
     let (macs, encoding) = multiplied_per_token(&checkpoint);
-    let limits = limits::Limits::measure(&backend);
+    let limits = Limits::measure(&backend);
     limits.print();
+    let reading = (!backend.device().is_cuda()).then(|| Reading::new(threads));
     let begin = Instant::now();
     let request = CapacityRequest {
         kv_cache_tokens: Some(CACHE_TOKENS),
@@ -198,11 +215,13 @@ fn main() {
     for (label, count, start, len) in
         all.filter(|(label, _, start, len)| label.contains(&word) && fits(*start, *len))
     {
-        let rate = rate(&mut runner, count, start, len);
-        let share = rate * (weight_bytes + start * token_bytes) as f64 * 1e-9 / limits.memory;
-        let products = limits.products(encoding);
-        let note = match (count, len, products) {
-            (1, 1, _) => format!("  {share:.2} of the memory's rate"),
+        let (rate, memory) = match (count, len, &reading) {
+            (1, 1, Some(reading)) => rate_and_memory(&mut runner, start, reading),
+            _ => (rate(&mut runner, count, start, len), limits.memory),
+        };
+        let share = rate * (weight_bytes + start * token_bytes) as f64 * 1e-9 / memory;
+        let note = match (count, len, limits.products(encoding)) {
+            (1, 1, _) => format!("  {share:.2} of the memory's rate, {memory:.1} GB/s"),
             (1, _, Some(limit)) => {
                 format!("  {:.2} of the arithmetic's, in projections", rate * macs * 1e-9 / limit)
             }

@@ -81,16 +81,37 @@ fn copied(backend: &Backend) -> f64 {
     2.0 * BYTES as f64 / seconds * 1e-9
 }
 
-fn read(threads: usize) -> f64 {
-    let numbers = vec![1u64; BYTES / 8];
-    let seconds = fastest(|| {
+/// What all threads read, each a part.
+pub(crate) struct Reading {
+    numbers: Vec<u64>,
+    threads: usize,
+}
+
+impl Reading {
+    pub(crate) fn new(threads: usize) -> Self {
+        Self { numbers: vec![1; BYTES / 8], threads }
+    }
+
+    fn all(&self) {
         std::thread::scope(|scope| {
-            for part in numbers.chunks(numbers.len().div_ceil(threads)) {
+            for part in self.numbers.chunks(self.numbers.len().div_ceil(self.threads)) {
                 scope.spawn(move || black_box(sum(part)));
             }
         });
-    });
-    BYTES as f64 / seconds * 1e-9
+    }
+
+    /// GB/s, once.
+    #[allow(dead_code, reason = "not every bench does")]
+    pub(crate) fn rate(&self) -> f64 {
+        let start = Instant::now();
+        self.all();
+        BYTES as f64 / start.elapsed().as_secs_f64() * 1e-9
+    }
+}
+
+fn read(threads: usize) -> f64 {
+    let reading = Reading::new(threads);
+    BYTES as f64 / fastest(|| reading.all()) * 1e-9
 }
 
 fn sum(numbers: &[u64]) -> u64 {

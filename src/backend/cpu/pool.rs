@@ -22,7 +22,7 @@ use super::memory::{CACHE_LINE, prefetch};
 const SPINS: u32 = 2000;
 
 /// Most bytes that a waiting worker prefetches of the next weights, a part of its second-level cache, and most of all.
-const PREFETCH_BYTES: usize = 128 << 10;
+const PREFETCH_BYTES: usize = 256 << 10;
 const PREFETCH_BYTES_OF_ALL: usize = 512 << 10;
 
 /// Low half of the gate: how many workers are inside the job.
@@ -298,7 +298,7 @@ impl Prefetcher {
             let left = self.part.min((share[1] - share[0]) * stride);
             *self = Self { next: start, at: share[0] * stride, left, ..*self };
         }
-        for _ in 0..4.min(self.left / CACHE_LINE) {
+        for _ in 0..16.min(self.left / CACHE_LINE) {
             prefetch(start.wrapping_add(self.at));
             self.at += CACHE_LINE;
             self.left -= CACHE_LINE;

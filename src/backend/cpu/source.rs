@@ -200,12 +200,12 @@ impl<P: Dot, const SCALES: usize> Source<P> for Unpacked<SCALES> {
 
     #[inline(always)]
     unsafe fn raw(group: *const u8, tile: usize) -> *const u8 {
-        group.wrapping_add(tile * WEIGHTS_BYTES)
+        group.wrapping_add(tile * <Self as Source<P>>::STEPS * WEIGHTS_BYTES)
     }
     #[inline(always)]
     unsafe fn weights(raw: *const u8, step: usize) -> P::Weights {
-        // SAFETY: the caller's contract; a step has two tiles.
-        unsafe { P::load(raw.add(step * 2 * WEIGHTS_BYTES)) }
+        // SAFETY: the caller's contract; a tile has its steps.
+        unsafe { P::load(raw.add(step * WEIGHTS_BYTES)) }
     }
 }
 
@@ -235,9 +235,9 @@ pub(super) unsafe fn unpack<P: Dot, S: Source<P>>(panel: *const u8, blocks: usiz
                 macro_rules! steps {
                     ($($step:literal)*) => {$(
                         if $step < S::STEPS {
-                            let to = to.add($step * 2 * WEIGHTS_BYTES);
+                            let to = to.add($step * WEIGHTS_BYTES);
                             P::store(S::numbers(raw[0], $step), to);
-                            P::store(S::numbers(raw[1], $step), to.add(WEIGHTS_BYTES));
+                            P::store(S::numbers(raw[1], $step), to.add(S::STEPS * WEIGHTS_BYTES));
                         }
                     )*};
                 }
