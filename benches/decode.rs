@@ -192,7 +192,7 @@ fn main() {
     let (macs, encoding) = multiplied_per_token(&checkpoint);
     let limits = Limits::measure(&backend);
     limits.print();
-    let reading = (!backend.device().is_cuda()).then(|| Reading::new(threads));
+    let reading = Reading::new(threads);
     let begin = Instant::now();
     let request = CapacityRequest {
         kv_cache_tokens: Some(CACHE_TOKENS),
@@ -215,8 +215,8 @@ fn main() {
     for (label, count, start, len) in
         all.filter(|(label, _, start, len)| label.contains(&word) && fits(*start, *len))
     {
-        let (rate, memory) = match (count, len, &reading) {
-            (1, 1, Some(reading)) => rate_and_memory(&mut runner, start, reading),
+        let (rate, memory) = match (count, len) {
+            (1, 1) => rate_and_memory(&mut runner, start, &reading),
             _ => (rate(&mut runner, count, start, len), limits.memory),
         };
         let share = rate * (weight_bytes + start * token_bytes) as f64 * 1e-9 / memory;

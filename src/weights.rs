@@ -75,7 +75,7 @@ impl Encoding {
 
 /// What [`Bytes`] are a range of.
 pub trait Source: AsRef<[u8]> + Send + Sync {
-    /// Nobody will read `range` soon: what only mirrors a file need not stay in memory.
+    /// What of `range` only mirrors a file need not stay in memory: it is read again where it is needed.
     fn release(&self, _range: &Range<usize>) {}
 }
 

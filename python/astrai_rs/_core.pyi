@@ -166,7 +166,7 @@ class GrammarCompiler:
         """Compile a grammar; `kind` is `json`, `regex` or `lark`. ValueError names what is not supported."""
 
 def gguf_metadata(path: str) -> dict[str, Any]:
-    """Every metadata key of a GGUF file, arrays as lists. Token strings that are not UTF-8 come as bytes."""
+    """Every metadata key of a GGUF file, arrays as lists."""
 
 def merge_pairs(merges: Sequence[Any]) -> list[tuple[str, str]]:
     """The two tokens of each merge of byte-pair encoding, `"left right"`. CheckpointError names one that is

@@ -454,7 +454,7 @@ impl Table {
         }
     }
 
-    /// Lets the system take back what else of the table's file is in memory.
+    /// Lets the system take back what of the table's file is in memory; rows that are looked up come back.
     pub fn release_file(&self) {
         match &self.rows {
             TableRows::Stored(stored) => stored.data.release_owner(),

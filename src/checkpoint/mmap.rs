@@ -33,8 +33,9 @@ impl Source for FileMap {
     }
 }
 
-/// Maps `path`. **The file must not be changed or truncated while the model lives**: its weights
-/// would change under the engine, and reading beyond a new end kills the process (`SIGBUS`).
+/// Maps `path`. **The file must not be changed or truncated while the map lives**, as long as a model: its weights
+/// would change under the engine, text that was checked would be no more, and reading beyond a new end kills the
+/// process (`SIGBUS`).
 /// Replacing a file by renaming another over it is fine.
 pub(super) fn map(path: &Path) -> Result<Mapped> {
     let file = File::open(path).map_err(|error| super::io_error(path, error))?;

@@ -21,7 +21,7 @@ use super::memory::{CACHE_LINE, prefetch};
 /// Rounds that a worker waits for the next job before it parks; about 40 µs, and what it prefetches.
 const SPINS: u32 = 2000;
 
-/// Most bytes that a waiting worker prefetches of the next weights, a part of its second-level cache, and most of all.
+/// Most bytes that a waiting worker prefetches of the next weights, less than most second-level caches, and most of all.
 const PREFETCH_BYTES: usize = 256 << 10;
 const PREFETCH_BYTES_OF_ALL: usize = 512 << 10;
 
@@ -290,7 +290,7 @@ struct Prefetcher {
 }
 
 impl Prefetcher {
-    /// Asks for a few more cache lines.
+    /// Asks for some more cache lines.
     fn advance(&mut self, next: &Place, (thread, threads): (usize, usize)) {
         let (start, panels, stride) = next.get();
         if start != self.next {

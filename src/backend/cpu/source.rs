@@ -187,7 +187,8 @@ impl<P: Dot<Weights: PairWords>> Source<P> for BytePairs {
     }
 }
 
-/// What [`unpack`] makes of a source with as many `SCALES`: numbers as they are multiplied.
+/// What [`unpack`] makes of a source with as many `SCALES`: numbers as they are multiplied, `[group][tile][step][16]`. A
+/// tile's steps of a group lie together: every other cache line would be half of the sets of the first-level cache.
 pub(super) struct Unpacked<const SCALES: usize>;
 
 impl<P: Dot, const SCALES: usize> Source<P> for Unpacked<SCALES> {
@@ -220,6 +221,7 @@ pub(super) const fn unpacked_bytes<P: Dot>(scales: usize, numbers: usize) -> usi
 /// `panel` points to the whole panel, `to` to room for as many blocks.
 #[inline(always)]
 pub(super) unsafe fn unpack<P: Dot, S: Source<P>>(panel: *const u8, blocks: usize, to: *mut u8) {
+    const { assert!(S::STEPS == 8 / P::STEP, "the groups are those of `Unpacked`") };
     let (head, bytes) = (S::SCALES * PANEL * 2, S::STEPS * 2 * WEIGHTS_BYTES);
     for block in 0..blocks {
         // SAFETY: the caller's contract.

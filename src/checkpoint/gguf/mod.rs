@@ -47,7 +47,7 @@ pub enum Value<'a> {
 pub type Metadata<'a> = BTreeMap<&'a str, Value<'a>>;
 
 /// What `read` makes of the keys and values of a `.gguf` file, among them the tokenizer's. Text lies in the mapped
-/// file; no tensor is looked at.
+/// file, which must not be changed meanwhile; no tensor is looked at.
 pub fn metadata<T>(path: &Path, read: impl FnOnce(Metadata<'_>) -> T) -> Result<T> {
     let map = mmap::map(path)?;
     parse::metadata((*map).as_ref()).map(read).context(|| path.display())

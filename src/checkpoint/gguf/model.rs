@@ -7,7 +7,6 @@ use std::path::Path;
 
 use serde_json::{Map, Value as Json};
 
-use super::parse::TOKENIZER_KEYS;
 use super::{Metadata, Value};
 use crate::checkpoint::fields::{Fields, differ};
 use crate::checkpoint::{Checkpoint, RawTensor, layer_count, rules, split_heads};
@@ -47,6 +46,8 @@ const ARCHITECTURES: [Architecture; 3] = [
     },
 ];
 
+/// What keys that no model needs start with.
+const TOKENIZER_KEYS: &str = "tokenizer.";
 /// One divisor per rotary frequency; it becomes part of the spec.
 const ROPE_FREQS: &str = "rope_freqs.weight";
 const EMBEDDING: &str = "token_embd.weight";

@@ -20,8 +20,6 @@ use crate::weights::{Bytes, Encoding};
 const MAX_ARRAY_VALUES: usize = 1 << 22;
 const MAX_ARRAY_DEPTH: usize = 4;
 const MAX_DIMS: u32 = 4;
-/// What keys that no model needs start with.
-pub(super) const TOKENIZER_KEYS: &str = "tokenizer.";
 const ALIGNMENT_KEY: &str = "general.alignment";
 const DEFAULT_ALIGNMENT: usize = 32;
 /// The smallest key (empty key, type, one-byte value) and tensor (empty name, no dimension).
