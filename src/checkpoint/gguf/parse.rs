@@ -29,13 +29,13 @@ const MIN_TENSOR_BYTES: usize = 8 + 4 + 4 + 8;
 /// A parsed header.
 pub(super) struct File<'a> {
     pub(super) metadata: Metadata<'a>,
-    infos: Vec<Info>,
+    infos: Vec<Info<'a>>,
     alignment: usize,
     data_start: usize,
 }
 
-struct Info {
-    name: String,
+struct Info<'a> {
+    name: &'a str,
     /// Slowest first, the reverse of the file's order.
     shape: Vec<usize>,
     ggml_type: u32,
@@ -44,23 +44,19 @@ struct Info {
 
 /// The keys alone, of a file whose tensors may be of any type.
 pub(super) fn metadata(bytes: &[u8]) -> Result<Metadata<'_>> {
-    let mut reader = Reader { bytes, at: 0, array_values: 0 };
-    let (_, keys) = header(&mut reader)?;
-    read_metadata(&mut reader, keys)
+    header(bytes).map(|(_, _, metadata)| metadata)
 }
 
 impl<'a> File<'a> {
     pub(super) fn parse(bytes: &'a [u8]) -> Result<Self> {
-        let mut reader = Reader { bytes, at: 0, array_values: 0 };
-        let (tensors, keys) = header(&mut reader)?;
-        let metadata = read_metadata(&mut reader, keys)?;
+        let (mut reader, tensors, metadata) = header(bytes)?;
         let alignment = alignment(&metadata)?;
         let count = reader.count(tensors, MIN_TENSOR_BYTES, || "tensors".into())?;
         let mut infos = Vec::with_capacity(count);
         let mut names = BTreeSet::new();
         for index in 0..count {
             let info = read_info(&mut reader).context(|| format!("tensor {index} of {count}"))?;
-            if !names.insert(info.name.clone()) {
+            if !names.insert(info.name) {
                 return Err(Error::checkpoint(format!("two tensors are named `{}`", info.name)));
             }
             infos.push(info);
@@ -76,9 +72,9 @@ impl<'a> File<'a> {
         for info in &self.infos {
             let encoding = encoding(info.ggml_type);
             let range = self.range(info, encoding, (**map).as_ref().len())?;
-            ranges.push((range.clone(), info.name.as_str()));
+            ranges.push((range.clone(), info.name));
             tensors.push(RawTensor {
-                name: info.name.clone(),
+                name: info.name.to_owned(),
                 shape: info.shape.clone(),
                 encoding,
                 type_name: type_name(info.ggml_type),
@@ -99,11 +95,11 @@ impl<'a> File<'a> {
     /// Where a tensor's bytes lie. Those of a format that we do not read are of unknown length: 0.
     fn range(
         &self,
-        info: &Info,
+        info: &Info<'_>,
         encoding: Option<Encoding>,
         end: usize,
     ) -> Result<std::ops::Range<usize>> {
-        let name = &info.name;
+        let name = info.name;
         if !info.offset.is_multiple_of(self.alignment as u64) {
             return Err(Error::checkpoint(format!(
                 "tensor `{name}`: offset {} is not a multiple of the alignment {}",
@@ -133,12 +129,12 @@ impl<'a> File<'a> {
     }
 }
 
-/// Checks magic and version; the numbers of tensors and keys.
-fn header(reader: &mut Reader) -> Result<(u64, u64)> {
-    if !reader.bytes.starts_with(b"GGUF") {
+/// What stands before the tensors: a reader behind it, the number of tensors, and the keys.
+fn header(bytes: &[u8]) -> Result<(Reader<'_>, u64, Metadata<'_>)> {
+    if !bytes.starts_with(b"GGUF") {
         return Err(Error::checkpoint("not a GGUF file: it does not start with \"GGUF\""));
     }
-    reader.at = 4;
+    let mut reader = Reader { bytes, at: 4, array_values: 0 };
     let version = reader.u32()?;
     if version.trailing_zeros() >= 16 {
         return Err(Error::unsupported("big-endian GGUF is not supported"));
@@ -148,7 +144,9 @@ fn header(reader: &mut Reader) -> Result<(u64, u64)> {
             "GGUF version {version} is not supported; supported: 2, 3"
         )));
     }
-    Ok((reader.u64()?, reader.u64()?))
+    let (tensors, keys) = (reader.u64()?, reader.u64()?);
+    let metadata = read_metadata(&mut reader, keys)?;
+    Ok((reader, tensors, metadata))
 }
 
 fn read_metadata<'a>(reader: &mut Reader<'a>, count: u64) -> Result<Metadata<'a>> {
@@ -167,7 +165,7 @@ fn read_metadata<'a>(reader: &mut Reader<'a>, count: u64) -> Result<Metadata<'a>
     Ok(metadata)
 }
 
-fn alignment(metadata: &Metadata) -> Result<usize> {
+fn alignment(metadata: &Metadata<'_>) -> Result<usize> {
     match metadata.get(ALIGNMENT_KEY) {
         None => Ok(DEFAULT_ALIGNMENT),
         Some(&Value::U32(value)) if value.is_power_of_two() => Ok(value as usize),
@@ -177,8 +175,8 @@ fn alignment(metadata: &Metadata) -> Result<usize> {
     }
 }
 
-fn read_info(reader: &mut Reader) -> Result<Info> {
-    let name = reader.string()?.to_owned();
+fn read_info<'a>(reader: &mut Reader<'a>) -> Result<Info<'a>> {
+    let name = reader.string()?;
     let dims = reader.u32()?;
     if !(1..=MAX_DIMS).contains(&dims) {
         return Err(Error::checkpoint(format!(
