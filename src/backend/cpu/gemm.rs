@@ -144,23 +144,38 @@ impl PanelTask {
                 }
             }
         }
-        // Rows are written one after the other, from memory: an index that is no constant, in place of these, would keep
-        // the totals there, and store them after each block.
+        let scaled = |r: usize, total: P::L| {
+            // SAFETY: there is a scale for each row.
+            if P::SCALED { total.mul(P::L::splat(unsafe { *self.scales.add(r) })) } else { total }
+        };
+        if self.rows == M && self.cols == PANEL {
+            // Written out: an index that is no constant would keep the totals in memory, and store them after each block.
+            macro_rules! rows {
+                ($($r:literal)*) => {$(
+                    if $r < M {
+                        for t in 0..T {
+                            // SAFETY: all rows and columns exist.
+                            unsafe { self.write_lanes(scaled($r, total[$r % M][t]), $r, (first + t) * LANES) }
+                        }
+                    }
+                )*};
+            }
+            rows!(0 1 2 3 4 5 6 7);
+            return;
+        }
         let mut numbers = [[[0.0; LANES]; T]; M];
         for (r, total) in total.iter().enumerate() {
             for (t, &total) in total.iter().enumerate() {
-                // SAFETY: 16 values; there is a scale for each row.
-                unsafe {
-                    let total =
-                        if P::SCALED { total.mul(P::L::splat(*self.scales.add(r))) } else { total };
-                    total.store(numbers[r][t].as_mut_ptr());
-                }
+                // SAFETY: 16 values.
+                unsafe { scaled(r, total).store(numbers[r][t].as_mut_ptr()) }
             }
         }
         // SAFETY: the caller's contract.
         unsafe { self.write::<P::L, M, T>(first, &numbers) }
     }
 
+    /// What exists of the tiles.
+    ///
     /// # Safety
     /// `out` and `bias` are valid for `rows` and `cols`.
     #[inline(always)]
@@ -170,39 +185,36 @@ impl PanelTask {
         numbers: &[[[f32; LANES]; T]; M],
     ) {
         debug_assert!(!self.gated || self.cols == PANEL, "gated panels are whole");
-        for (r, tiles) in numbers.iter().enumerate() {
-            if r >= self.rows {
-                break;
-            }
+        for (r, tiles) in numbers.iter().take(self.rows).enumerate() {
             for (t, numbers) in tiles.iter().enumerate() {
                 let col = (first + t) * LANES;
                 let cols = self.cols.saturating_sub(col).min(LANES);
                 // SAFETY: `r` is below `rows` and `col + cols` at most `self.cols`.
                 unsafe {
-                    let col = col.min(self.cols);
-                    let bias = if self.bias.is_null() { self.bias } else { self.bias.add(col) };
-                    let out = self.out.add(r * self.stride + col);
                     if cols == LANES {
-                        self.write_lanes::<L>(numbers, bias, out);
+                        self.write_lanes(L::load(numbers.as_ptr()), r, col);
                         continue;
                     }
                     for (i, &number) in numbers[..cols].iter().enumerate() {
-                        let bias = if bias.is_null() { 0.0 } else { *bias.add(i) };
-                        *out.add(i) = number + bias;
+                        let bias = if self.bias.is_null() { 0.0 } else { *self.bias.add(col + i) };
+                        *self.out.add(r * self.stride + col + i) = number + bias;
                     }
                 }
             }
         }
     }
 
-    /// Sixteen numbers.
+    /// Sixteen numbers of row `r` from column `col` on.
+    ///
+    /// # Safety
+    /// They exist.
     #[inline(always)]
-    unsafe fn write_lanes<L: Lanes>(self, numbers: &[f32; LANES], bias: *const f32, out: *mut f32) {
-        // SAFETY: the caller hands pointers to as many numbers.
+    unsafe fn write_lanes<L: Lanes>(self, mut lanes: L, r: usize, col: usize) {
+        // SAFETY: the caller's contract.
         unsafe {
-            let mut lanes = L::load(numbers.as_ptr());
-            if !bias.is_null() {
-                lanes = lanes.add(L::load(bias));
+            let out = self.out.add(r * self.stride + col);
+            if !self.bias.is_null() {
+                lanes = lanes.add(L::load(self.bias.add(col)));
             }
             if self.gated {
                 lanes = silu_gate(L::load(out), lanes);

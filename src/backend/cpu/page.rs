@@ -124,7 +124,7 @@ pub(crate) fn write_pages<E: PageElement>(
         cpu.tier.run(PageLanes { heads, head, dims, count, qkv, width, batch, keys, values });
     };
     let tasks = heads.num_kv_heads * slices;
-    if batch.positions.len() * heads.num_kv_heads * heads.head_dim < 8 << 10 {
+    if batch.positions.len() * heads.num_kv_heads * heads.head_dim < 1 << 10 {
         (0..tasks).for_each(write);
     } else {
         cpu.pool.run(tasks, &write);

@@ -7,7 +7,7 @@ use super::memory::{Shared, written_by};
 use super::tier::Kernel;
 
 /// Numbers that are worth a task of their own.
-const TASK: usize = 16 << 10;
+const TASK: usize = 8 << 10;
 
 /// Calls `task(first, count)` for parts of `rows`, on the caller alone when there is little to do.
 pub(super) fn for_rows(cpu: &Cpu, rows: usize, cols: usize, task: &(dyn Fn(usize, usize) + Sync)) {
