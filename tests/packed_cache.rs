@@ -63,7 +63,7 @@ fn load(folder: &Path, model: &Path, dtype: DType) -> (bool, Vec<u32>) {
     let layout = backend.packed_layout().expect("of a CPU");
     let files = ModelFiles::of(model).expect("a model");
     let checkpoint = checkpoint::load(model).expect("loads");
-    let cache = PackedCache::open(folder, &files, &layout).expect("opens");
+    let cache = PackedCache::open(folder, &files, &layout, 2).expect("opens");
     let was_found = cache.is_found();
     let cache = Arc::new(Mutex::new(cache));
     backend.keep_packed(cache.clone());
@@ -152,7 +152,7 @@ fn loads_at_once_do_not_meet() {
             assert_eq!(load.join().expect("loads").1, want);
         }
     });
-    let unfinished = |file: &PathBuf| file.extension().is_some_and(|kind| kind == "part");
+    let unfinished = |file: &PathBuf| file.extension().is_some_and(|kind| kind == "packed-part");
     assert_eq!(folder.packed().iter().filter(|file| unfinished(file)).count(), 0);
 }
 
@@ -179,7 +179,7 @@ fn nothing_is_kept_of_files_that_change_while_they_are_loaded() {
     let files = ModelFiles::of(&model.0).expect("a model");
     fs::copy(&copy, model.0.join("new")).expect("copied");
     fs::rename(model.0.join("new"), &copy).expect("renamed");
-    let mut cache = PackedCache::open(&folder.0, &files, "layout").expect("opens");
+    let mut cache = PackedCache::open(&folder.0, &files, "layout", 1).expect("opens");
     cache.keep("weight", &[1, 2, 3]);
     cache.finish();
     assert!(!cache.is_found() && folder.packed().is_empty());
@@ -196,7 +196,7 @@ fn nothing_is_kept_of_a_link_that_changes_while_it_is_followed() {
     let files = ModelFiles::of(&link).expect("a model");
     lead(&fixture("qwen3").canonicalize().expect("there"), &new);
     fs::rename(&new, &link).expect("renamed");
-    let cache = PackedCache::open(&folder.0, &files, "layout").expect("opens");
+    let cache = PackedCache::open(&folder.0, &files, "layout", 1).expect("opens");
     assert!(!cache.is_found() && folder.packed().is_empty());
 }
 
@@ -205,18 +205,44 @@ fn nothing_is_kept_of_a_link_that_changes_while_it_is_followed() {
 fn what_is_not_finished_goes() {
     let folder = Folder::new("packed-unfinished");
     let files = ModelFiles::of(&fixture("llama")).expect("a model");
-    let open = || PackedCache::open(&folder.0, &files, "layout").expect("opens");
+    let open = || PackedCache::open(&folder.0, &files, "layout", 1).expect("opens");
     let (first, second) = (open(), open());
     assert_eq!(folder.packed().len(), 2);
     drop(second);
     // Of a process that was killed.
-    let abandoned = folder.0.join("model.packed.part");
-    fs::write(&abandoned, "much").expect("written");
+    let abandoned = folder.0.join("model.packed-part");
+    // Another program's.
+    let download = folder.0.join("model.gguf.part");
+    for file in [&abandoned, &download] {
+        fs::write(file, "much").expect("written");
+    }
     let third = open();
     assert!(!abandoned.exists());
-    assert_eq!(folder.packed().len(), 2, "of the first and the third");
+    assert_eq!(folder.packed().len(), 3, "of the first, the third and the other program");
     drop((first, third));
-    assert!(folder.packed().is_empty());
+    assert_eq!(folder.packed(), [download]);
+}
+
+#[test]
+fn a_file_that_lacks_a_part_is_made_anew() {
+    let folder = Folder::new("packed-lacking");
+    let files = ModelFiles::of(&fixture("llama")).expect("a model");
+    let open = || PackedCache::open(&folder.0, &files, "layout", 1).expect("opens");
+    let mut cache = open();
+    cache.keep("a", &[1; 100]);
+    cache.finish();
+    let mut cache = open();
+    assert!(cache.is_found() && cache.find("a", 100).is_some() && cache.find("b", 50).is_none());
+    cache.keep("b", &[2; 50]);
+    cache.finish();
+    let mut cache = open();
+    assert!(!cache.is_found());
+    cache.keep("a", &[1; 100]);
+    cache.keep("b", &[2; 50]);
+    cache.finish();
+    let cache = open();
+    let part = |name, len| cache.find(name, len).expect("kept").as_slice().to_vec();
+    assert_eq!((part("a", 100), part("b", 50)), (vec![1; 100], vec![2; 50]));
 }
 
 #[test]
@@ -225,7 +251,7 @@ fn a_folder_that_cannot_be_is_named() {
     let file = folder.0.join("file");
     fs::write(&file, "").expect("written");
     let files = ModelFiles::of(&fixture("llama")).expect("a model");
-    let error = PackedCache::open(&file, &files, "layout").expect_err("a file");
+    let error = PackedCache::open(&file, &files, "layout", 1).expect_err("a file");
     assert_eq!(error.kind(), ErrorKind::Io);
     assert!(error.to_string().contains("no-folder"), "{error}");
 }

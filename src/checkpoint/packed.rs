@@ -27,7 +27,7 @@ const ALIGNMENT: usize = 64;
 /// Bytes that have a checksum of their own.
 const PIECE: usize = 1 << 20;
 /// How files are named that are whole, and those that are not.
-const OURS: [&str; 2] = ["packed", "part"];
+const OURS: [&str; 2] = ["packed", "packed-part"];
 /// Of a model's name in that of its file.
 const MOST_CHARACTERS: usize = 60;
 
@@ -70,32 +70,34 @@ impl ModelFiles {
 
 /// Packed weights of one model in one layout: what is there, or what is being written, or neither.
 pub struct PackedCache {
+    path: PathBuf,
     found: Option<(Mapped, Table)>,
     writing: Option<Writing>,
 }
 
 impl PackedCache {
     /// Looks in `folder`, which is made if need be, for what `layout` makes of a model that has been mapped since
-    /// its `files` were looked at. Begins to write it where it is not there and can be written. Nothing is found
-    /// or kept of files that have changed meanwhile.
+    /// its `files` were looked at, and checks it with `threads` threads. Begins to write it where it is not there and
+    /// can be written. Nothing is found or kept of files that have changed meanwhile.
     ///
     /// # Errors
     /// [`crate::error::ErrorKind::Io`] where there can be no such folder.
-    pub fn open(folder: &Path, files: &ModelFiles, layout: &str) -> Result<Self> {
+    pub fn open(folder: &Path, files: &ModelFiles, layout: &str, threads: usize) -> Result<Self> {
         fs::create_dir_all(folder).context(|| folder.display())?;
-        if ModelFiles::of(&files.given)? != *files {
-            return Ok(Self { found: None, writing: None });
-        }
         let model = &files.model;
         let identity = format!("{layout}\n{}", files.identity);
         let place = crc32fast::hash(format!("{layout}\n{}", model.display()).as_bytes());
         let name = model.file_name().unwrap_or_default().to_string_lossy();
         let name: String = name.chars().take(MOST_CHARACTERS).collect();
         let path = folder.join(format!("{name}-{place:08x}.{}", OURS[0]));
+        if ModelFiles::of(&files.given)? != *files {
+            return Ok(Self { path, found: None, writing: None });
+        }
         remove_abandoned(folder);
-        let found = read(&path, &identity);
-        let writing = if found.is_none() { Writing::new(path, identity).ok() } else { None };
-        Ok(Self { found, writing })
+        let found = read(&path, &identity, threads);
+        let writing =
+            if found.is_none() { Writing::new(path.clone(), identity).ok() } else { None };
+        Ok(Self { path, found, writing })
     }
 
     /// Whether the weights were there.
@@ -121,6 +123,10 @@ impl PackedWeights for PackedCache {
     }
 
     fn keep(&mut self, name: &str, bytes: &[u8]) {
+        if self.found.is_some() {
+            // The file lacks this part: the next load makes it anew.
+            let _ = fs::remove_file(&self.path);
+        }
         if let Some(writing) = &mut self.writing
             && writing.add(name, bytes).is_err()
         {
@@ -161,7 +167,7 @@ fn identity(model: &Path) -> Result<String> {
 }
 
 /// A whole file of this identity.
-fn read(path: &Path, identity: &str) -> Option<(Mapped, Table)> {
+fn read(path: &Path, identity: &str, threads: usize) -> Option<(Mapped, Table)> {
     let map = mmap::map(path).ok()?;
     let bytes = (*map).as_ref();
     let (rest, tail) = bytes.split_at_checked(bytes.len().checked_sub(TAIL_BYTES)?)?;
@@ -172,11 +178,11 @@ fn read(path: &Path, identity: &str) -> Option<(Mapped, Table)> {
         return None;
     }
     let table: Table = serde_json::from_slice(table).ok()?;
-    (table.identity == identity && is_intact(bytes, &table)).then_some((map, table))
+    (table.identity == identity && is_intact(bytes, &table, threads)).then_some((map, table))
 }
 
 /// Whether the bytes of all parts are those that were written.
-fn is_intact(bytes: &[u8], table: &Table) -> bool {
+fn is_intact(bytes: &[u8], table: &Table, threads: usize) -> bool {
     let mut pieces = Vec::new();
     for part in table.parts.values() {
         let Some(end) = part.start.checked_add(part.len) else { return false };
@@ -186,7 +192,6 @@ fn is_intact(bytes: &[u8], table: &Table) -> bool {
         }
         pieces.extend(bytes.chunks(PIECE).zip(&part.checksums));
     }
-    let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let are_right = |pieces: &[(&[u8], &u32)]| {
         pieces.iter().all(|(piece, checksum)| crc32fast::hash(piece) == **checksum)
     };

@@ -90,7 +90,7 @@ impl EngineOptions {
         else {
             return Ok(None);
         };
-        let kept = PackedCache::open(folder, files, &layout)
+        let kept = PackedCache::open(folder, files, &layout, backend.num_threads())
             .map_err(|error| error.context("packed_cache"))?;
         let kept = Arc::new(Mutex::new(kept));
         backend.keep_packed(kept.clone());

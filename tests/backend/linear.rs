@@ -178,6 +178,26 @@ fn a_row_of_linear_does_not_depend_on_its_batch() {
 }
 
 #[test]
+fn many_rows_that_are_computed_in_blocks_are_those_of_fewer() {
+    let mut random = Random::new(23);
+    let (rows, cols) = (200, 1600);
+    let x = tensor(&random.floats(rows * cols), &[rows, cols]);
+    for backend in backends(2, DType::Auto) {
+        for encoding in [Encoding::Q4_0, Encoding::BF16] {
+            let weight = stored(&mut random, &[64, cols], encoding);
+            let packed = backend.pack(&[weight], None).unwrap();
+            let linear = |x: &Tensor| bits(&backend.linear(x, &packed).unwrap());
+            let gated =
+                |x: &Tensor| bits(&backend.gated_linear(x, &packed, Activation::Silu).unwrap());
+            let halves = [0, 100].map(|start| x.narrow(0, start, 100).unwrap());
+            let what = format!("{} {encoding:?}", backend.tier());
+            assert_eq!(linear(&x), halves.each_ref().map(linear).concat(), "{what}");
+            assert_eq!(gated(&x), halves.each_ref().map(gated).concat(), "{what}");
+        }
+    }
+}
+
+#[test]
 fn integers_hide_no_broken_activations() {
     let mut random = Random::new(14);
     for backend in backends(1, DType::Auto) {

@@ -46,6 +46,7 @@ ENGINE = [
     ({"kv_cache_tokens": 0}, ValueError, "kv_cache_tokens must be at least 1; given: 0"),
     ({"enable_prefix_caching": "no"}, TypeError, "enable_prefix_caching: 'str' object is not an instance of"),
     ({"num_threads": 0}, ValueError, "num_threads must be at least 1; given: 0"),
+    ({"num_threads": 10**9}, ValueError, "num_threads must be at most 1024; given: 1000000000"),
     ({"num_threads": True}, TypeError, "num_threads must be an integer; given: True"),
     ({"packed_cache": ""}, ValueError, "packed_cache must not be empty"),
     (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -11,6 +12,8 @@ import pytest
 
 import astrai_rs
 from astrai_rs import AutoTokenizer, Engine, SamplingParams
+from astrai_rs.cli import bench
+from astrai_rs.cli.load import Load
 from astrai_rs.model import embedded_model
 from conftest import FIXTURES, GLASS, INTERRUPTIBLE, LIMIT, NO_CUDA, python, unless_cuda_works
 from serving import serving
@@ -414,6 +417,39 @@ def test_bench(command, tmp_path):
         assert result["requests_per_second"] == pytest.approx(3 / result["elapsed_time"])
 
 
+@pytest.mark.parametrize("command", ["latency", "throughput"])
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ((100, 64), "at most the engine's max_model_len of 128 tokens; given: 100 + 64 = 164"),
+        ((20, 13, "--max-model-len", 32), "max_model_len of 32 tokens; given: 20 + 13 = 33"),
+    ],
+    ids=["the model's", "--max-model-len"],
+)
+def test_bench_refuses_more_tokens_than_fit(command, lengths, message):
+    input_len, output_len, *options = lengths
+    code, out, err = run("bench", command, "--input-len", input_len, "--output-len", output_len, *options)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("astrai-rs: error: --input-len + --output-len must be ")
+    assert message in err
+
+
+@pytest.mark.parametrize("command", ["latency", "throughput"])
+def test_bench_counts_what_was_generated(command, monkeypatch, capsys):
+    """A cache of 32 tokens ends sequences at 33, of which 8 are the prompt's."""
+    engine = Engine(GLASS, max_model_len=128, kv_cache_tokens=32)
+    monkeypatch.setattr(bench, "open_engine", lambda model, options: engine)
+    options = {"latency": ("--num-iters", "1"), "throughput": ("--num-prompts", "2")}[command]
+    lengths = ("--input-len", "8", "--output-len", "40")
+    bench.app([command, "--model", str(GLASS), *lengths, *options], standalone_mode=False)
+    result = json.loads(capsys.readouterr().out)
+    if command == "latency":
+        assert result["output_throughput"] == pytest.approx(25 / result["avg_latency"])
+    else:
+        assert result["total_num_tokens"] == 2 * 33
+        assert result["output_throughput"] == pytest.approx(2 * 25 / result["elapsed_time"])
+
+
 def test_bench_serve(tmp_path):
     plot = tmp_path / "plot.svg"
     load = ("--num-prompts", 6, "--random-input-len", 8, "--random-output-len", 5, "--plot", plot)
@@ -429,3 +465,46 @@ def test_bench_serve(tmp_path):
         ElementTree.parse(plot)
         code, _, err = run("bench", "serve", "--base-url", url, model=None)
         assert (code, "401" in err, err.count("\n")) == (2, True, 1)
+
+
+async def test_bench_serve_counts_broken_streams_as_failed():
+    token = b'data: {"choices": [{"text": "a"}]}\n\n'
+    usage = b'data: {"choices": [], "usage": {"completion_tokens": 2}}\n\n'
+    done = b"data: [DONE]\n\n"
+    no_end = "the stream ended without [DONE]"
+    streams = [
+        (token + token + usage + done, ""),
+        (b"", no_end),
+        (token, no_end),
+        (token + token + usage, no_end),
+        (token + token[:-9], no_end),
+        (token + done, "the stream's usage is missing or counts no tokens"),
+        (usage + done, "the stream gave no tokens"),
+    ]
+    bodies = iter([body for body, _ in streams])
+
+    async def answer(reader, writer):
+        await reader.readuntil(b"}}")  # the end of the request: closing before it would reset the connection
+        writer.write(b"HTTP/1.0 200 OK\r\n\r\n" + next(bodies))
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        load = Load(
+            base_url=f"http://127.0.0.1:{port}",
+            model="test",
+            api_key=None,
+            num_prompts=len(streams),
+            lengths=(4, 2),
+            request_rate=float("inf"),
+            burstiness=1.0,
+            max_concurrency=1,
+            seed=0,
+        )
+        result = await asyncio.to_thread(load.run)
+    assert [sample.error for sample in load.samples] == [error for _, error in streams]
+    good = load.samples[0]
+    assert (result["completed"], result["failed"], result["total_output_tokens"]) == (1, 6, 2)
+    assert result["mean_ttft_ms"] == good.ttft * 1e3 > 0
+    assert result["mean_e2el_ms"] == good.latency * 1e3

@@ -57,14 +57,15 @@ def latency(
 
     _check_writable(output_json)
     with open_engine(model, options) as engine:
-        latencies = []
+        _check_fits(engine, input_len, output_len)
+        latencies, generated = [], []
         console = Console(stderr=True)
         for index in track(range(num_iters_warmup + num_iters), "measuring", console=console):
             prompts = _prompts(engine, batch_size, input_len, seed + index)
             start = time.perf_counter()
-            _generate(engine, prompts, output_len)
+            generated.append(_generate(engine, prompts, output_len))
             latencies.append(time.perf_counter() - start)
-        latencies = latencies[num_iters_warmup:]
+        latencies, generated = latencies[num_iters_warmup:], generated[num_iters_warmup:]
         result = {
             **_conditions(engine, model),
             "input_len": input_len,
@@ -73,7 +74,7 @@ def latency(
             "avg_latency": statistics.fmean(latencies),
             "latencies": latencies,
             "percentiles": {str(p): percentile(latencies, p) for p in _PERCENTILES},
-            "output_throughput": batch_size * output_len / statistics.median(latencies),
+            "output_throughput": statistics.fmean(generated) / statistics.median(latencies),
         }
     _report(result, output_json)
 
@@ -93,12 +94,13 @@ def throughput(
     """Tokens per second of many prompts together."""
     _check_writable(output_json)
     with open_engine(model, options) as engine:
+        _check_fits(engine, input_len, output_len)
         _generate(engine, _prompts(engine, 1, input_len, seed - 1), 8)
         prompts = _prompts(engine, num_prompts, input_len, seed)
         start = time.perf_counter()
-        _generate(engine, prompts, output_len, progress=True)
+        generated = _generate(engine, prompts, output_len, progress=True)
         seconds = time.perf_counter() - start
-        total = num_prompts * (input_len + output_len)
+        total = num_prompts * input_len + generated
         result = {
             **_conditions(engine, model),
             "input_len": input_len,
@@ -108,7 +110,7 @@ def throughput(
             "total_num_tokens": total,
             "requests_per_second": num_prompts / seconds,
             "tokens_per_second": total / seconds,
-            "output_throughput": num_prompts * output_len / seconds,
+            "output_throughput": generated / seconds,
         }
     _report(result, output_json)
 
@@ -170,11 +172,22 @@ def _prompts(engine: Engine, count: int, length: int, seed: int) -> list[list[in
     return [[rng.randrange(engine.vocab_size) for _ in range(length)] for _ in range(count)]
 
 
-def _generate(engine: Engine, prompts: list[list[int]], tokens: int, *, progress: bool = False) -> None:
+def _generate(engine: Engine, prompts: list[list[int]], tokens: int, *, progress: bool = False) -> int:
+    """Says how many tokens were generated."""
     from astrai_rs.request import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-    engine.generate(prompts, params, progress=progress)
+    return sum(len(output.token_ids) for output in engine.generate(prompts, params, progress=progress))
+
+
+def _check_fits(engine: Engine, input_len: int, output_len: int) -> None:
+    """Else sequences end early. The cache holds max_model_len, as the commands give it no size of its own."""
+    if input_len + output_len > engine.max_model_len:
+        fail(
+            "--input-len + --output-len must be at most the engine's max_model_len of "
+            f"{engine.max_model_len} tokens; given: {input_len} + {output_len} = {input_len + output_len}",
+            USAGE,
+        )
 
 
 def _check_writable(*paths: Path | None) -> None:

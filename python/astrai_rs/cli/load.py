@@ -103,10 +103,14 @@ class Load:
         return sample
 
     async def _stream(self, body: dict[str, Any], sample: Sample) -> None:
+        """Fill the sample; ValueError for a stream that breaks off or leaves out what is measured."""
         start = last = time.perf_counter()
         reader, writer = await self._ask("POST", "/v1/completions", body)
         try:
-            while line := await reader.readline():
+            # The last line of a stream that breaks off may be a part of one.
+            while (line := await reader.readline()).endswith(b"\n"):
+                if line.startswith(b"data: [DONE]"):
+                    break
                 if not line.startswith(b"data: {"):
                     continue
                 data = json.loads(line[6:])
@@ -121,9 +125,15 @@ class Load:
                     else:
                         sample.ttft = now - start
                     last = now
-            sample.latency = last - start
+            else:
+                raise ValueError("the stream ended without [DONE]")
         finally:
             writer.close()
+        if not sample.ttft:
+            raise ValueError("the stream gave no tokens")
+        if not sample.output_tokens:
+            raise ValueError("the stream's usage is missing or counts no tokens")
+        sample.latency = last - start
 
     async def _ask(
         self, method: str, path: str, body: dict[str, Any] | None = None

@@ -7,6 +7,7 @@
 #![allow(unsafe_code)] // Tasks write disjoint parts of one output.
 
 use std::cmp::Reverse;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::activations::MOST_ROWS;
@@ -82,7 +83,7 @@ fn by_span<E: PageElement>(
     cpu: &Cpu,
     input: &Attention<'_, E>,
     tasks: &[Task<'_>],
-    out: Shared<f32>,
+    out: Shared<MaybeUninit<f32>>,
 ) {
     let spans = |task: &Task<'_>| task.spans().map(|span| span..span + 1);
     let work: Vec<_> =
@@ -178,7 +179,13 @@ impl<E: PageElement> Attention<'_, E> {
     }
 
     /// Writes what the state has for the task.
-    fn write(&self, cpu: &Cpu, task: &Task<'_>, state: Option<State>, out: Shared<f32>) {
+    fn write(
+        &self,
+        cpu: &Cpu,
+        task: &Task<'_>,
+        state: Option<State>,
+        out: Shared<MaybeUninit<f32>>,
+    ) {
         let state = state.expect("a task has a span");
         cpu.tier.run(Write { heads: self.heads, task, state, out });
     }
@@ -187,7 +194,7 @@ impl<E: PageElement> Attention<'_, E> {
     /// `before` others.
     #[inline(always)]
     fn blocks<P: Product>(&self, task: &Task<'_>, kv_head: usize, before: usize) -> Vec<Block> {
-        let sizes: &[usize] = if P::L::WIDE { &[1, 2, 4, 8] } else { &[1, 2, 3, 4, 6] };
+        let sizes: &[usize] = if P::L::WIDE { &[1, 2, 3, 4, 8] } else { &[1, 2, 3, 4, 6] };
         let full = sizes[sizes.len() - 1];
         let (dim, group) = (self.heads.head_dim, self.group());
         let queries = task.rows.len() * group;
@@ -340,7 +347,7 @@ struct Write<'a> {
     task: &'a Task<'a>,
     state: State,
     /// `[tokens, heads * head_dim]`.
-    out: Shared<f32>,
+    out: Shared<MaybeUninit<f32>>,
 }
 
 impl Kernel for Write<'_> {

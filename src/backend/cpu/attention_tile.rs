@@ -3,10 +3,11 @@
 //! Scores: `[query][16 tokens]`, one lane per token, as keys are stored `[dim][16 tokens]`. Softmax is
 //! online: a greatest score, a sum and an unnormalised output per query. Outputs: one lane per
 //! dimension, as values are stored `[token][dim]`. Sums go over dimensions or tokens step by step, of one
-//! number or a pair ([`Product`]). Tokens that a query does not see have weight zero,
-//! and a tile of which it sees none changes nothing, bit for bit.
+//! number or a pair ([`Product`]). Tokens that a query does not see have weight zero, and a tile of which it sees none
+//! changes nothing, bit for bit, as long as values are finite: zero times those of a later token that are not is none.
 #![allow(unsafe_code)] // Keys and values are read through raw pointers.
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use half::f16;
@@ -147,6 +148,7 @@ impl State {
         match (P::L::WIDE, block.m) {
             (true, 1) => self.update_block::<P, D, 1, 2>(block, tile, tokens),
             (true, 2) => self.update_block::<P, D, 2, 2>(block, tile, tokens),
+            (true, 3) => self.update_block::<P, D, 3, 2>(block, tile, tokens),
             (true, 4) => self.update_block::<P, D, 4, 2>(block, tile, tokens),
             (true, _) => self.update_block::<P, D, 8, 2>(block, tile, tokens),
             (false, 1) => self.update_block::<P, D, 1, 1>(block, tile, tokens),
@@ -230,11 +232,11 @@ impl State {
 
     /// Writes the normalised output of a slot.
     #[inline(always)]
-    pub(super) fn finish(&self, slot: usize, out: &mut [f32]) {
+    pub(super) fn finish(&self, slot: usize, out: &mut [MaybeUninit<f32>]) {
         let total: f32 = self.sums[slot * LANES..][..LANES].iter().sum();
         let scale = 1.0 / total;
         for (out, x) in out.iter_mut().zip(&self.outputs[slot * self.padded..]) {
-            *out = x * scale;
+            out.write(x * scale);
         }
     }
 }

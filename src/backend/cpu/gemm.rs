@@ -105,11 +105,12 @@ impl PanelTask {
                 (.., 1) => self.tiles::<P, S, 1, 2>(first),
                 (true, 2, 2) => self.tiles::<P, S, 2, 2>(first),
                 (true, 2, 4) => self.tiles::<P, S, 4, 2>(first),
-                (true, 2, _) => self.tiles::<P, S, 8, 2>(first),
+                (true, 2, 8) => self.tiles::<P, S, 8, 2>(first),
                 (_, _, 2) => self.tiles::<P, S, 2, 1>(first),
                 (_, _, 4) => self.tiles::<P, S, 4, 1>(first),
-                (true, ..) => self.tiles::<P, S, 8, 1>(first),
-                (false, ..) => self.tiles::<P, S, 6, 1>(first),
+                (true, _, 8) => self.tiles::<P, S, 8, 1>(first),
+                (false, _, 6) => self.tiles::<P, S, 6, 1>(first),
+                _ => unreachable!("no groups of {m} rows"),
             }
         }
     }

@@ -2,6 +2,7 @@
 #![allow(unsafe_code)] // Threads write disjoint parts of one output; see `gemm` for the pointers.
 
 use std::cell::Cell;
+use std::mem::MaybeUninit;
 
 use super::activations::{Activations, Group, groups};
 use super::gemm::{Ahead, PanelTask};
@@ -60,7 +61,7 @@ fn multiply(
     (weight, parts): (&Packed, usize),
     groups: &[Group],
     x: &[Activations],
-    out: Shared<f32>,
+    out: Shared<MaybeUninit<f32>>,
 ) {
     let row_bytes = weight.cols.max(1)
         * if x.iter().any(|x| x.arithmetic == Arithmetic::Exact) { 4 } else { 2 };
@@ -103,7 +104,7 @@ struct PanelProduct<'a> {
     next: *const u8,
     groups: &'a [Group],
     x: &'a Activations,
-    out: Shared<f32>,
+    out: Shared<MaybeUninit<f32>>,
     /// Columns of the output; those of `weight` from there on multiply the activation of the first.
     width: usize,
 }
@@ -222,7 +223,7 @@ impl PanelProduct<'_> {
                 sums,
                 scales: x.scales[group.start..][..group.m].as_ptr(),
                 bias: weight.bias.get(col..col + cols).map_or(std::ptr::null(), <[f32]>::as_ptr),
-                out: self.out.at(group.start * width + col % width),
+                out: self.out.at(group.start * width + col % width).cast(),
                 gated: col >= width,
                 stride: width,
                 rows: group.rows,

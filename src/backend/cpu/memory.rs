@@ -1,6 +1,7 @@
 //! Memory that kernels share: aligned buffers, and outputs that threads write side by side.
 #![allow(unsafe_code)] // Buffers that share a map, and writes to disjoint parts of one buffer.
 
+use std::mem::MaybeUninit;
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -136,13 +137,16 @@ impl<T> Shared<T> {
     }
 }
 
-/// A vector of `len` floats that `fill` writes, without clearing it first.
+/// A vector of `len` numbers that `fill` writes, without clearing it first.
 ///
 /// # Safety
 /// `fill` writes every element.
-pub(super) unsafe fn written_by(len: usize, fill: impl FnOnce(Shared<f32>)) -> Vec<f32> {
+pub(super) unsafe fn written_by(
+    len: usize,
+    fill: impl FnOnce(Shared<MaybeUninit<f32>>),
+) -> Vec<f32> {
     let mut values = Vec::with_capacity(len);
-    fill(Shared { start: values.as_mut_ptr(), len });
+    fill(Shared::new(&mut values.spare_capacity_mut()[..len]));
     // SAFETY: the capacity is there, and `fill` has written all `len` elements.
     unsafe { values.set_len(len) };
     values

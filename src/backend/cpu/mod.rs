@@ -55,6 +55,9 @@ enum Arithmetic {
     Integers,
 }
 
+/// More threads than a machine has CPUs; a mistyped number must not take all its memory.
+const MOST_THREADS: usize = 1024;
+
 /// What all ops of a backend share.
 pub(crate) struct Cpu {
     pool: pool::Pool,
@@ -72,9 +75,16 @@ pub(crate) struct Cpu {
 
 impl Cpu {
     /// `threads` threads, or all that the process may use.
+    ///
+    /// # Errors
+    /// [`crate::error::ErrorKind::InvalidArgument`] for none and for more than [`MOST_THREADS`].
     pub(crate) fn new(threads: Option<usize>, dtype: DType, tier: Tier) -> Result<Self> {
         let threads = match threads {
             Some(0) => return Err(Error::invalid("num_threads must be at least 1; given: 0")),
+            Some(threads) if threads > MOST_THREADS => {
+                let allowed = format!("num_threads must be at most {MOST_THREADS}");
+                return Err(Error::invalid(format!("{allowed}; given: {threads}")));
+            }
             Some(threads) => threads,
             None => std::thread::available_parallelism()?.get(),
         };

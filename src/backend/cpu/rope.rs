@@ -4,7 +4,7 @@
 use super::Cpu;
 use super::lanes::Lanes;
 use super::memory::Shared;
-use super::rows::{for_rows, norm_row};
+use super::rows::{for_rows, rms_scale};
 use super::tier::Kernel;
 use crate::backend::Heads;
 use crate::spec::{QkNorm, RopePairing};
@@ -45,7 +45,6 @@ impl Kernel for RopeKernel<'_> {
     fn run<L: Lanes>(self) {
         let Rope { heads, qk_norm, norms, eps, .. } = self.rope;
         let rotated = heads.num_heads + heads.num_kv_heads;
-        let mut normed = vec![0.0; heads.head_dim];
         for (row, &position) in self.rows.chunks_exact_mut(self.width).zip(self.positions) {
             for (index, head) in row.chunks_exact_mut(heads.head_dim).take(rotated).enumerate() {
                 let weight = norms.map(|norms| norms[usize::from(index >= heads.num_heads)]);
@@ -53,8 +52,10 @@ impl Kernel for RopeKernel<'_> {
                     self.rope.rotate(head, position as usize);
                 }
                 if let Some(weight) = weight {
-                    norm_row::<L>(head, weight, eps, &mut normed);
-                    head.copy_from_slice(&normed);
+                    let scale = rms_scale::<L>(head, eps);
+                    for (x, weight) in head.iter_mut().zip(weight) {
+                        *x = *x * scale * weight;
+                    }
                 }
                 if qk_norm == QkNorm::BeforeRope {
                     self.rope.rotate(head, position as usize);

@@ -1,6 +1,8 @@
 //! Ops on single rows: norms, activations, gates.
 #![allow(unsafe_code)] // Threads write disjoint rows of one output.
 
+use std::mem::MaybeUninit;
+
 use super::Cpu;
 use super::lanes::{LANES, Lanes};
 use super::memory::{Shared, written_by};
@@ -22,7 +24,7 @@ pub(super) fn for_rows(cpu: &Cpu, rows: usize, cols: usize, task: &(dyn Fn(usize
 /// Rows `x` over the root of their mean square, times `weight`.
 pub(crate) fn rms_norm(cpu: &Cpu, x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
     let cols = weight.len();
-    let write = |out: Shared<f32>| {
+    let write = |out: Shared<MaybeUninit<f32>>| {
         for_rows(cpu, x.len() / cols, cols, &|first, count| {
             // SAFETY: the rows of different tasks are disjoint.
             let out = unsafe { out.part(first * cols, count * cols) };
@@ -43,7 +45,7 @@ pub(crate) fn add_rms_norm(
 ) -> Vec<f32> {
     let cols = weight.len();
     let residual = Shared::new(residual);
-    let write = |out: Shared<f32>| {
+    let write = |out: Shared<MaybeUninit<f32>>| {
         for_rows(cpu, x.len() / cols, cols, &|first, count| {
             let (start, len) = (first * cols, count * cols);
             // SAFETY: the rows of different tasks are disjoint.
@@ -59,18 +61,17 @@ pub(crate) fn add_rms_norm(
 /// `silu(x[..width]) * x[width..]` for each row of `2 * width`.
 pub(crate) fn gated_silu(cpu: &Cpu, x: &[f32], width: usize) -> Vec<f32> {
     let rows = x.len() / (2 * width);
-    let write = |out: Shared<f32>| {
-        for_rows(cpu, rows, 2 * width, &|first, count| {
-            for row in first..first + count {
-                let (gate, up) = x[row * 2 * width..][..2 * width].split_at(width);
-                // SAFETY: the rows of different tasks are disjoint.
-                let out = unsafe { out.part(row * width, width) };
-                cpu.tier.run(Zip { out, a: Some(gate), b: up, f: SiluGate });
-            }
-        });
-    };
-    // SAFETY: as in `rms_norm`.
-    unsafe { written_by(rows * width, write) }
+    let mut out = vec![0.0; rows * width];
+    let shared = Shared::new(&mut out);
+    for_rows(cpu, rows, 2 * width, &|first, count| {
+        for row in first..first + count {
+            let (gate, up) = x[row * 2 * width..][..2 * width].split_at(width);
+            // SAFETY: the rows of different tasks are disjoint.
+            let out = unsafe { shared.part(row * width, width) };
+            cpu.tier.run(Zip { out, a: Some(gate), b: up, f: SiluGate });
+        }
+    });
+    out
 }
 
 /// `out *= sigmoid(gate[offset..])` for rows of `width` and `gate_width`.
@@ -96,7 +97,7 @@ struct Norm<'a> {
     x: &'a [f32],
     weight: &'a [f32],
     eps: f32,
-    out: &'a mut [f32],
+    out: &'a mut [MaybeUninit<f32>],
 }
 
 impl Kernel for Norm<'_> {
@@ -104,14 +105,17 @@ impl Kernel for Norm<'_> {
     fn run<L: Lanes>(self) {
         let cols = self.weight.len();
         for (x, out) in self.x.chunks_exact(cols).zip(self.out.chunks_exact_mut(cols)) {
-            norm_row::<L>(x, self.weight, self.eps, out);
+            let scale = rms_scale::<L>(x, self.eps);
+            for ((out, x), weight) in out.iter_mut().zip(x).zip(self.weight) {
+                out.write(x * scale * weight);
+            }
         }
     }
 }
 
-/// One row; also the norm of a head.
+/// What a row, or a head, is multiplied with before its weight: one over the root of its mean square.
 #[inline(always)]
-pub(super) fn norm_row<L: Lanes>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+pub(super) fn rms_scale<L: Lanes>(x: &[f32], eps: f32) -> f32 {
     let mut squares = [L::splat(0.0); 2];
     let chunks = x.chunks_exact(LANES);
     let mut tail = [0.0; LANES];
@@ -121,10 +125,7 @@ pub(super) fn norm_row<L: Lanes>(x: &[f32], weight: &[f32], eps: f32, out: &mut 
         let lanes = unsafe { L::load(chunk.as_ptr()) };
         squares[i % 2] = lanes.fma(lanes, squares[i % 2]);
     }
-    let scale = 1.0 / (squares[0].add(squares[1]).sum() / x.len() as f32 + eps).sqrt();
-    for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
-        *out = x * scale * weight;
-    }
+    1.0 / (squares[0].add(squares[1]).sum() / x.len() as f32 + eps).sqrt()
 }
 
 /// A function of two lanes.
