@@ -4,7 +4,7 @@
 //! `-- FILE WORD` only what has the word in its name.
 //! Prints tokens per second (median of 5; of 33 where a step is one token each). Steps of one sequence take turns with
 //! readings of memory, 200 and 25 of them: the rate at which weights and cache are read is given as a fraction of what
-//! the memory gives. Ends with one JSON line.
+//! the memory gives, that of a prompt's projections as one of what the arithmetic allows. Ends with one JSON line.
 
 #![allow(clippy::print_stdout, reason = "a bench reports to the terminal")]
 
@@ -172,6 +172,67 @@ fn rate_and_memory(runner: &mut Runner, start: usize, reading: &Reading) -> (f64
     (1.0 / median(times), median(memory))
 }
 
+/// Sequences, tokens that each has in the cache, and tokens of each in the step that is measured.
+type Case = (String, usize, usize, usize);
+
+fn cases() -> Vec<Case> {
+    let prefill = |len| (format!("prefill {len}"), 1, 0, len);
+    let decode =
+        |(count, start)| (format!("decode batch {count}, context {start}"), count, start, 1);
+    let batches = [1, 2, 4, 8, 16, 32, 64].map(|count| (count, 128));
+    let contexts = [(1, 512), (1, 1024), (1, 2048), (1, 4096), (1, 8000), (8, 1024)];
+    let decodes = batches.into_iter().chain(contexts).map(decode);
+    [512, 2048, 4096].map(prefill).into_iter().chain(decodes).collect()
+}
+
+/// A loaded model, and what its steps are compared with.
+struct Model {
+    runner: Runner,
+    limits: Limits,
+    reading: Reading,
+    /// Bytes that a decode step reads: all weights, and each token of the cache.
+    weight_bytes: usize,
+    token_bytes: usize,
+    /// Products that a prompt's token takes, and with what.
+    macs: f64,
+    encoding: Encoding,
+}
+
+impl Model {
+    fn load(checkpoint: Checkpoint, backend: Backend) -> Self {
+        let spec = &checkpoint.spec;
+        let heads = Heads {
+            num_heads: spec.attention.num_heads,
+            num_kv_heads: spec.attention.num_kv_heads,
+            head_dim: spec.attention.head_dim,
+        };
+        let token_bytes = spec.num_layers * backend.kv_bytes_per_token(heads);
+        let weight_bytes = read_in_a_step(&checkpoint);
+        let (macs, encoding) = multiplied_per_token(&checkpoint);
+        let (limits, reading) = (Limits::measure(&backend), Reading::new(backend.num_threads()));
+        let request = CapacityRequest {
+            kv_cache_tokens: Some(CACHE_TOKENS),
+            max_num_seqs: MAX_SEQS,
+            ..Default::default()
+        };
+        let (mut runner, _) = Runner::load(checkpoint, backend, &request).expect("fits");
+        touch(&mut runner);
+        Self { runner, limits, reading, weight_bytes, token_bytes, macs, encoding }
+    }
+
+    /// Tokens per second, and which fraction that is of what the memory, or the arithmetic, allows one sequence.
+    fn measure(&mut self, &(_, count, start, len): &Case) -> (f64, Option<f64>) {
+        if (count, len) == (1, 1) {
+            let (rate, memory) = rate_and_memory(&mut self.runner, start, &self.reading);
+            let bytes = self.weight_bytes + start * self.token_bytes;
+            return (rate, Some(rate * bytes as f64 * 1e-9 / memory));
+        }
+        let rate = rate(&mut self.runner, count, start, len);
+        let limit = self.limits.products(self.encoding).filter(|_| len > 1);
+        (rate, limit.map(|limit| rate * self.macs * 1e-9 / limit))
+    }
+}
+
 fn main() {
     let mut arguments = std::env::args().skip(1).filter(|argument| !argument.starts_with("--"));
     let (file, word) = (arguments.next(), arguments.next().unwrap_or_default());
@@ -179,58 +240,36 @@ fn main() {
         Some(path) => checkpoint::load(Path::new(path)).expect("a checkpoint"),
         None => random_checkpoint(),
     };
+    let name = file.as_deref().unwrap_or("random Q4_1 of SmolLM2-135M's shape");
+    let max_positions = checkpoint.spec.max_positions;
     let backend = Backend::cpu(None, DType::Auto).expect("cpu");
     let (tier, threads) = (backend.tier(), backend.num_threads());
-    let spec = &checkpoint.spec;
-    let heads = Heads {
-        num_heads: spec.attention.num_heads,
-        num_kv_heads: spec.attention.num_kv_heads,
-        head_dim: spec.attention.head_dim,
-    };
-    let token_bytes = spec.num_layers * backend.kv_bytes_per_token(heads);
-    let (weight_bytes, max_positions) = (read_in_a_step(&checkpoint), spec.max_positions);
-    let (macs, encoding) = multiplied_per_token(&checkpoint);
-    let limits = Limits::measure(&backend);
-    limits.print();
-    let reading = Reading::new(threads);
-    let begin = Instant::now();
-    let request = CapacityRequest {
-        kv_cache_tokens: Some(CACHE_TOKENS),
-        max_num_seqs: MAX_SEQS,
-        ..Default::default()
-    };
-    let (mut runner, _) = Runner::load(checkpoint, backend, &request).expect("fits");
-    let load = begin.elapsed().as_secs_f64();
-    touch(&mut runner);
-    let name = file.as_deref().unwrap_or("random Q4_1 of SmolLM2-135M's shape");
-    println!("{name}: {tier}, {threads} threads, packed in {load:.3} s");
-    let prefills = [512, 2048, 4096].map(|len| (format!("prefill {len}"), 1, 0, len));
-    let batches = [1, 2, 4, 8, 16, 32, 64]
-        .map(|count| (format!("decode batch {count}, context 128"), count, 128, 1));
-    let contexts = [(1, 512), (1, 1024), (1, 2048), (1, 4096), (1, 8192), (8, 1024)]
-        .map(|(count, start)| (format!("decode batch {count}, context {start}"), count, start, 1));
-    let mut figures = serde_json::Map::new();
-    let all = prefills.into_iter().chain(batches).chain(contexts);
-    let fits = |start, len| start + len <= max_positions;
-    for (label, count, start, len) in
-        all.filter(|(label, _, start, len)| label.contains(&word) && fits(*start, *len))
-    {
-        let (rate, memory) = match (count, len) {
-            (1, 1) => rate_and_memory(&mut runner, start, &reading),
-            _ => (rate(&mut runner, count, start, len), limits.memory),
-        };
-        let share = rate * (weight_bytes + start * token_bytes) as f64 * 1e-9 / memory;
-        let note = match (count, len, limits.products(encoding)) {
-            (1, 1, _) => format!("  {share:.2} of the memory's rate, {memory:.1} GB/s"),
-            (1, _, Some(limit)) => {
-                format!("  {:.2} of the arithmetic's, in projections", rate * macs * 1e-9 / limit)
-            }
-            _ => String::new(),
-        };
+    let mut model = Model::load(checkpoint, backend);
+    model.limits.print();
+    println!("{name}: {tier}, {threads} threads");
+    let (mut rates, mut shares) = (serde_json::Map::new(), serde_json::Map::new());
+    for case in cases().into_iter().filter(|case| case.0.contains(&word)) {
+        let (label, _, start, len) = &case;
+        if start + len > max_positions {
+            println!("{label:32} left out: the model has {max_positions} positions");
+            continue;
+        }
+        let (rate, share) = model.measure(&case);
+        let of = if *len > 1 { "arithmetic's, in projections" } else { "memory's rate" };
+        let note = share.map_or(String::new(), |share| format!("  {share:.2} of the {of}"));
         println!("{label:32} {rate:9.1} tok/s{note}");
-        figures.insert(label, rate.into());
+        rates.insert(label.clone(), rate.into());
+        shares.insert(label.clone(), share.into());
     }
-    println!("{}", serde_json::json!({"tier": tier, "threads": threads, "tokens_per_s": figures}));
+    let limits = serde_json::json!({
+        "memory_gb_s": model.limits.memory, "arithmetic_gmac_s": model.limits.products(model.encoding)
+    });
+    println!(
+        "{}",
+        serde_json::json!({
+            "model": name, "tier": tier, "threads": threads, "limits": limits, "tokens_per_s": rates, "shares": shares
+        })
+    );
 }
 
 /// Bytes of the weights that a decode step reads: of an embedding of its own only a row.

@@ -221,9 +221,9 @@ fn numbers<'a>(storage: &'a Storage, layout: &Layout) -> Result<&'a [f32]> {
 }
 
 struct Rope<'a> {
-    pub(super) cpu: &'a Cpu,
-    pub(super) op: cpu::Rope<'a>,
-    pub(super) positions: &'a [u32],
+    cpu: &'a Cpu,
+    op: cpu::Rope<'a>,
+    positions: &'a [u32],
 }
 
 impl InplaceOp1 for Rope<'_> {
@@ -239,9 +239,9 @@ impl InplaceOp1 for Rope<'_> {
 }
 
 struct WritePages<'a> {
-    pub(super) cpu: &'a Cpu,
-    pub(super) heads: Heads,
-    pub(super) batch: &'a Batch,
+    cpu: &'a Cpu,
+    heads: Heads,
+    batch: &'a Batch,
 }
 
 impl InplaceOp2 for WritePages<'_> {

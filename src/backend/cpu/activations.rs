@@ -120,9 +120,9 @@ trait Convert {
 }
 
 /// The bits of each column.
-struct Copy<L>(PhantomData<L>);
+struct Unrounded<L>(PhantomData<L>);
 
-impl<L: Lanes> Convert for Copy<L> {
+impl<L: Lanes> Convert for Unrounded<L> {
     type L = L;
     const STEP: usize = 1;
 
@@ -275,7 +275,7 @@ fn interleave_eight<L: Lanes>(converted: &[[u32; 32]; MOST_ROWS], words: &mut [u
 impl ProductKernel for PackGroup<'_> {
     #[inline(always)]
     fn exact<L: Lanes>(self) {
-        self.each::<Copy<L>>();
+        self.each::<Unrounded<L>>();
     }
 
     #[cfg(target_arch = "x86_64")]
