@@ -49,7 +49,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tests", default=",".join(TESTS))
     parser.add_argument("--dtype", default="auto")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if unknown := set(arguments.tests.split(",")) - set(TESTS):
+        parser.error(f"--tests must be of {', '.join(TESTS)}; given: {', '.join(sorted(unknown))}")
+    return arguments
 
 
 class Timed(ABC):
@@ -132,16 +135,17 @@ class Llama:
 
     def __init__(self, model: str, binaries: Path, threads: int) -> None:
         self.model, self.binaries, self.threads = model, binaries, str(threads)
-        self.build = ""
+        self.build = self.results("-p", "1", "-n", "0")["build_commit"]
 
     def run(self, tool: str, *arguments: str) -> str:
         command = [str(self.binaries / tool), "-m", self.model, "-t", self.threads, *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
+    def results(self, *arguments: str) -> dict[str, Any]:
+        return json.loads(self.run("llama-bench", "-r", "1", "-o", "json", *arguments))[0]
+
     def bench(self, *arguments: str) -> float:
-        result = json.loads(self.run("llama-bench", "-r", "1", "-o", "json", *arguments))[0]
-        self.build = result["build_commit"]
-        return float(result["avg_ts"])
+        return float(self.results(*arguments)["avg_ts"])
 
     def decode(self) -> float:
         return self.bench("-p", "0", "-n", str(DECODE_TOKENS))

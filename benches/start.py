@@ -66,6 +66,8 @@ def main() -> None:
     parser.add_argument("--model", default="", help="a model's path; the embedded model without it")
     parser.add_argument("--runs", type=int, default=9)
     arguments = parser.parse_args()
+    if arguments.runs < 1:
+        parser.error(f"--runs must be at least 1; given: {arguments.runs}")
     report = {}
     for kind in ("chat", "text"):
         run(kind, arguments.model)

@@ -224,6 +224,52 @@ fn what_is_not_finished_goes() {
 }
 
 #[test]
+fn processes_that_write_at_once_remove_nothing_of_each_other() {
+    let folder = Folder::new("packed-many");
+    let files = ModelFiles::of(&fixture("llama")).expect("a model");
+    std::thread::scope(|scope| {
+        for thread in 0..3 {
+            let (folder, files) = (&folder.0, &files);
+            scope.spawn(move || {
+                for round in 0..300 {
+                    let layout = format!("{thread} {round}");
+                    let open = || PackedCache::open(folder, files, &layout, 1).expect("opens");
+                    open().finish();
+                    assert!(open().is_found(), "thread {thread}, round {round}");
+                }
+            });
+        }
+    });
+}
+
+/// Opening a pipe waits for who writes to it.
+#[cfg(unix)]
+#[test]
+fn pipes_are_not_opened() {
+    let (folder, model) = (Folder::new("packed-pipes"), Folder::new("packed-pipes-model"));
+    let pipe = |path: PathBuf| {
+        let made = std::process::Command::new("mkfifo").arg(&path).status().expect("runs");
+        assert!(made.success());
+        path
+    };
+    let weights = model.copy_of("llama");
+    let left = pipe(folder.0.join("left.packed-part"));
+    let (found, want) = load(&folder.0, &model.0, DType::Auto);
+    assert!(!found && left.exists());
+    let kept = folder.packed().into_iter().find(|file| *file != left).expect("kept");
+    fs::remove_file(&kept).expect("removed");
+    pipe(kept);
+    assert_eq!(load(&folder.0, &model.0, DType::Auto).1, want);
+    let (config, gguf) = (model.0.join("config.json"), folder.0.join("model.gguf"));
+    for (file, given) in [(weights, &model.0), (config, &model.0), (gguf.clone(), &gguf)] {
+        let _ = fs::remove_file(&file);
+        pipe(file);
+        let error = checkpoint::load(given).expect_err("a pipe").to_string();
+        assert!(error.ends_with("not a regular file"), "{error}");
+    }
+}
+
+#[test]
 fn a_file_that_lacks_a_part_is_made_anew() {
     let folder = Folder::new("packed-lacking");
     let files = ModelFiles::of(&fixture("llama")).expect("a model");

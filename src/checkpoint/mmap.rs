@@ -1,6 +1,6 @@
 //! The crate's one memory map.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -33,15 +33,21 @@ impl Source for FileMap {
     }
 }
 
+/// A regular file. It is looked at first: opening a pipe waits for a writer.
+pub(super) fn open(path: &Path) -> Result<File> {
+    let found = |error| super::io_error(path, error);
+    if !fs::metadata(path).map_err(found)?.is_file() {
+        return Err(Error::new(ErrorKind::Io, format!("{}: not a regular file", path.display())));
+    }
+    File::open(path).map_err(found)
+}
+
 /// Maps `path`. **The file must not be changed or truncated while the map lives**, as long as a model: its weights
 /// would change under the engine, text that was checked would be no more, and reading beyond a new end kills the
 /// process (`SIGBUS`).
 /// Replacing a file by renaming another over it is fine.
 pub(super) fn map(path: &Path) -> Result<Mapped> {
-    let file = File::open(path).map_err(|error| super::io_error(path, error))?;
-    if !file.metadata().context(|| path.display())?.is_file() {
-        return Err(Error::new(ErrorKind::Io, format!("{}: not a regular file", path.display())));
-    }
+    let file = open(path)?;
     // SAFETY: the map is read-only and private to this process; that nobody changes the file
     // meanwhile is the documented duty of whoever loads a model.
     #[expect(unsafe_code, reason = "weights are read where they lie; see this function's contract")]

@@ -108,8 +108,7 @@ fn gguf_files(folder: &Path) -> Result<Vec<PathBuf>> {
 fn load_config(folder: &Path) -> Result<Checkpoint> {
     let path = folder.join(CONFIG);
     let shown = path.display();
-    let bytes = fs::read(&path).map_err(|error| io_error(&path, error))?;
-    let config = Fields::parse(&bytes).context(|| &shown)?;
+    let config = Fields::parse((*mmap::map(&path)?).as_ref()).context(|| &shown)?;
     let is_astrai = astrai::is_config(&config).context(|| &shown)?;
     let spec = if is_astrai { astrai::spec(&config) } else { hf::spec(&config) };
     let spec = spec.and_then(|spec| spec.validate().map(|()| spec)).context(|| &shown)?;

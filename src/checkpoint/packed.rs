@@ -216,9 +216,15 @@ impl Writing {
         // Names must differ from those of other machines and containers.
         let number = RandomState::new().hash_one(std::process::id());
         let unfinished = path.with_extension(format!("{number:016x}.{}", OURS[1]));
-        let file = File::create_new(&unfinished)?;
-        // As long as it is being written; a file system without locks keeps what is abandoned.
-        let _ = file.lock();
+        let file = loop {
+            let file = File::create_new(&unfinished)?;
+            // As long as it is being written; a file system without locks keeps what is abandoned.
+            let _ = file.lock();
+            // Another process may have found it before it was locked.
+            if unfinished.exists() {
+                break file;
+            }
+        };
         Ok(Self { path, unfinished, file, len: 0, table: Table { identity, ..Table::default() } })
     }
 
@@ -256,10 +262,14 @@ impl Drop for Writing {
 /// Removes what processes that ended before they had finished have left.
 fn remove_abandoned(folder: &Path) {
     for file in fs::read_dir(folder).into_iter().flatten().flatten().map(|file| file.path()) {
-        if file.extension().is_some_and(|kind| kind == OURS[1])
-            && File::open(&file).is_ok_and(|open| open.try_lock().is_ok())
+        if file.extension().is_none_or(|kind| kind != OURS[1]) {
+            continue;
+        }
+        // Locked until it is gone, so that who has just made it sees that.
+        if let Ok(open) = mmap::open(&file)
+            && open.try_lock().is_ok()
         {
-            let _ = fs::remove_file(file);
+            let _ = fs::remove_file(&file);
         }
     }
 }

@@ -4,7 +4,6 @@
 //! checks that the tensors cover the data without gap or overlap; the numbers stay where they lie.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::path::Path;
 
 use safetensors::SafeTensors;
@@ -38,7 +37,7 @@ pub(super) fn read(folder: &Path) -> Result<Vec<RawTensor>> {
 }
 
 fn read_shards(folder: &Path) -> Result<Vec<RawTensor>> {
-    let index = Fields::parse(&fs::read(folder.join(INDEX))?)?;
+    let index = Fields::parse((*mmap::map(&folder.join(INDEX))?).as_ref())?;
     let Some(map) = index.opt_object("weight_map")? else {
         return Err(Error::checkpoint("\"weight_map\" is missing"));
     };

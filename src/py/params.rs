@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::{PyBool, PyDict, PyInt};
+use pyo3::types::{PyBool, PyDict};
 
 use crate::backend::Backend;
 use crate::checkpoint::{self, ModelFiles, PackedCache};
@@ -195,14 +195,14 @@ fn optional<T>(
     if value.is_none() { Ok(None) } else { convert(name, value).map(Some) }
 }
 
-/// An integer; what does not fit becomes the nearest that does, which the core then judges.
+/// An integer, Python's or one that says which of them it is; what does not fit becomes the nearest that does.
 fn integer(name: &str, value: &Bound<'_, PyAny>) -> PyResult<i64> {
-    if !value.is_instance_of::<PyInt>() || value.is_instance_of::<PyBool>() {
-        return Err(PyTypeError::new_err(format!(
-            "{name} must be an integer; given: {}",
-            value.repr()?
-        )));
-    }
+    let given = value;
+    let value = value.call_method0("__index__").ok().filter(|_| !given.is_instance_of::<PyBool>());
+    let Some(value) = value else {
+        let message = format!("{name} must be an integer; given: {}", given.repr()?);
+        return Err(PyTypeError::new_err(message));
+    };
     Ok(match value.extract() {
         Ok(value) => value,
         Err(_) if value.lt(0)? => i64::MIN,
@@ -212,9 +212,13 @@ fn integer(name: &str, value: &Bound<'_, PyAny>) -> PyResult<i64> {
 
 /// A positive number of things.
 fn count(name: &str, value: &Bound<'_, PyAny>) -> PyResult<usize> {
+    let refuse = |allowed| {
+        Err(PyValueError::new_err(format!("{name} must be at {allowed}; given: {value}")))
+    };
     match usize::try_from(integer(name, value)?) {
-        Ok(count) if count > 0 => Ok(count),
-        _ => Err(PyValueError::new_err(format!("{name} must be at least 1; given: {value}"))),
+        Ok(count) if count > 0 && value.eq(count)? => Ok(count),
+        Ok(1..) => refuse(format!("most {}", i64::MAX)),
+        _ => refuse("least 1".into()),
     }
 }
 

@@ -47,6 +47,11 @@ ENGINE = [
     ({"enable_prefix_caching": "no"}, TypeError, "enable_prefix_caching: 'str' object is not an instance of"),
     ({"num_threads": 0}, ValueError, "num_threads must be at least 1; given: 0"),
     ({"num_threads": 10**9}, ValueError, "num_threads must be at most 1024; given: 1000000000"),
+    (
+        {"max_num_seqs": 2**64},
+        ValueError,
+        "max_num_seqs must be at most 9223372036854775807; given: 18446744073709551616",
+    ),
     ({"num_threads": True}, TypeError, "num_threads must be an integer; given: True"),
     ({"packed_cache": ""}, ValueError, "packed_cache must not be empty"),
     (

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 
@@ -127,7 +128,7 @@ def serve(
         float, typer.Option(help="Requests per second, with random gaps; inf sends all at once.", min=0.001)
     ] = float("inf"),
     burstiness: Annotated[
-        float, typer.Option(help="1: Poisson; below: bursts; above: even.", min=0.01)
+        float, typer.Option(help="1: Poisson; below: bursts; above: even.", min=0.01, max=1e6)
     ] = 1.0,
     max_concurrency: Annotated[int | None, typer.Option(help="Most requests at once.", min=1)] = None,
     seed: BenchSeed = 0,
@@ -138,6 +139,9 @@ def serve(
     from astrai_rs.cli.load import Load, plot_svg
 
     _check_writable(output_json, plot)
+    url = urlsplit(base_url)
+    if url.scheme not in {"http", "https"} or not url.hostname:
+        fail(f"--base-url must be http://… or https://… and name a host; given: {base_url!r}", USAGE)
     if plot is not None and plot.suffix != ".svg":
         fail(f"--plot writes .svg files; given: {plot}", USAGE)
     load = Load(
@@ -193,7 +197,11 @@ def _check_fits(engine: Engine, input_len: int, output_len: int) -> None:
 def _check_writable(*paths: Path | None) -> None:
     """Before minutes of measuring."""
     for path in paths:
-        if path is not None and not os.access(path if path.exists() else path.parent, os.W_OK):
+        if path is None:
+            continue
+        if path.is_dir():
+            fail(f"{path} is a folder; a file is to be written", USAGE)
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
             fail(f"{path} cannot be written", USAGE)
 
 
@@ -227,6 +235,6 @@ def _report(result: dict[str, Any], output_json: Path | None) -> None:
         text = f"{value:.4g}" if isinstance(value, float) else str(value)
         sys.stderr.write(f"{name:{width}}  {text}\n")
     line = json.dumps(result)
+    sys.stdout.write(line + "\n")
     if output_json is not None:
         output_json.write_text(line + "\n", encoding="utf-8")
-    sys.stdout.write(line + "\n")

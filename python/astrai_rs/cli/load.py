@@ -142,7 +142,11 @@ class Load:
         url = urlsplit(self.base_url)
         secure = url.scheme == "https"
         port = url.port or (443 if secure else 80)
-        reader, writer = await asyncio.open_connection(url.hostname, port, ssl=secure or None, limit=1 << 20)
+        try:
+            connection = asyncio.open_connection(url.hostname, port, ssl=secure or None, limit=1 << 20)
+            reader, writer = await connection
+        except OSError as error:
+            raise OSError(f"{self.base_url}: {error}") from error
         data = b"" if body is None else json.dumps(body).encode()
         head = [f"{method} {url.path}{path} HTTP/1.0", f"Host: {url.netloc}", f"Content-Length: {len(data)}"]
         head += ["Content-Type: application/json"]
