@@ -196,7 +196,6 @@ def test_bad_jsonl(tmp_path, line, message):
         (("bench", "serve", "--plot", "l.png"), 2, "--plot writes .svg files"),
         (("bench", "serve", "--base-url", "localhost:1"), 2, "--base-url must be http://… or https://… and"),
         (("bench", "serve", "--base-url", "http://"), 2, "and name a host; given: 'http://'"),
-        (("bench", "serve", "--base-url", "http://127.0.0.1:1"), 1, "http://127.0.0.1:1: "),
         (("serve", "--api-key", ""), 2, "an API key must not be empty"),
         (("serve", "--served-model-name", " "), 2, "--served-model-name must not be empty"),
         (("serve", "--allowed-origin", "foo"), 2, "--allowed-origin must be like https://"),
@@ -469,6 +468,9 @@ def test_bench_serve(tmp_path):
         ElementTree.parse(plot)
         code, _, err = run("bench", "serve", "--base-url", url, model=None)
         assert (code, "401" in err, err.count("\n")) == (2, True, 1)
+    code, _, err = run("bench", "serve", "--base-url", "http://127.0.0.1:1", model=None)
+    assert (code, err.count("\n")) == (1, 1)
+    assert err.startswith("astrai-rs: error: http://127.0.0.1:1: ")
 
 
 async def test_bench_serve_counts_broken_streams_as_failed():
