@@ -182,7 +182,7 @@ def alternate(test: str, engines: dict[str, Any], rounds: int) -> dict[str, floa
 
 
 def openvino_of(arguments: argparse.Namespace, vocab_size: int) -> dict[str, OpenVino]:
-    """None where it is not installed, or does not read the file."""
+    """Nothing where it is not installed, or does not read the file."""
     if openvino_genai is None:
         return {}
     try:
