@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
@@ -136,11 +137,13 @@ class Mailbox:
 
     def receive(self, item: Event | BaseException) -> None:
         self.items.append(item)
-        self._arrived.set()
+        self.wake()
 
     def wake(self) -> None:
-        """End a wait, though nothing has come."""
-        self._arrived.set()
+        """End a wait, though nothing may have come."""
+        # A Ctrl-C may cancel the task that waits between `set`'s look at it and its result.
+        with contextlib.suppress(asyncio.InvalidStateError):
+            self._arrived.set()
 
     async def wait(self) -> None:
         """Until something is there."""

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 from astrai_rs import AutoTokenizer, Engine, EngineClosed, SamplingParams
-from astrai_rs.async_stream import AsyncTokenStream
+from astrai_rs.async_stream import AsyncTokenStream, Mailbox
 from conftest import ENDLESS_TOKENS, INTERRUPTIBLE, LIMIT, assert_idle, python, wait_until
 from reference import GOLDEN
 
@@ -354,6 +354,29 @@ print(len(engine.generate("Once", few).token_ids))
 stats = engine.stats()
 print(stats["num_requests_running"], stats["num_requests_waiting"], stats["kv_blocks_used"])
 """
+
+
+async def test_ctrl_c_while_a_waiter_is_woken() -> None:
+    """A signal's handler cancels the waiter just before it gets its result."""
+    mailbox = Mailbox()
+    waiter = asyncio.create_task(mailbox.wait())
+    await asyncio.sleep(0)
+    (future,) = mailbox._arrived._waiters
+
+    class Interrupted:
+        def done(self) -> bool:
+            waiter.cancel()
+            return False
+
+        def set_result(self, result: bool) -> None:
+            future.set_result(result)
+
+    mailbox._arrived._waiters[0] = Interrupted()
+    mailbox.receive(KeyError())
+    assert len(mailbox.items) == 1
+    mailbox._arrived._waiters[0] = future
+    with pytest.raises(asyncio.CancelledError):
+        await waiter
 
 
 @pytest.mark.parametrize(
