@@ -95,8 +95,7 @@ impl PackedCache {
         }
         remove_abandoned(folder);
         let found = read(&path, &identity, threads);
-        let writing =
-            if found.is_none() { Writing::new(path.clone(), identity).ok() } else { None };
+        let writing = if found.is_none() { Writing::new(&path, identity).ok() } else { None };
         Ok(Self { path, found, writing })
     }
 
@@ -110,7 +109,7 @@ impl PackedCache {
     pub fn finish(&mut self) {
         if let Some(writing) = self.writing.take() {
             // Without it the next load packs again.
-            let _ = writing.finish();
+            let _ = writing.finish(&self.path);
         }
     }
 }
@@ -204,7 +203,6 @@ fn is_intact(bytes: &[u8], table: &Table, threads: usize) -> bool {
 
 /// A file that is not whole yet; it goes when this does.
 struct Writing {
-    path: PathBuf,
     unfinished: PathBuf,
     file: File,
     len: usize,
@@ -212,7 +210,7 @@ struct Writing {
 }
 
 impl Writing {
-    fn new(path: PathBuf, identity: String) -> std::io::Result<Self> {
+    fn new(path: &Path, identity: String) -> std::io::Result<Self> {
         // Names must differ from those of other machines and containers.
         let number = RandomState::new().hash_one(std::process::id());
         let unfinished = path.with_extension(format!("{number:016x}.{}", OURS[1]));
@@ -225,7 +223,7 @@ impl Writing {
                 break file;
             }
         };
-        Ok(Self { path, unfinished, file, len: 0, table: Table { identity, ..Table::default() } })
+        Ok(Self { unfinished, file, len: 0, table: Table { identity, ..Table::default() } })
     }
 
     fn add(&mut self, name: &str, bytes: &[u8]) -> std::io::Result<()> {
@@ -242,13 +240,13 @@ impl Writing {
         Ok(())
     }
 
-    fn finish(mut self) -> std::io::Result<()> {
+    fn finish(mut self, path: &Path) -> std::io::Result<()> {
         let table = serde_json::to_vec(&self.table)?;
         self.file.write_all(&table)?;
         self.file.write_all(&(self.len as u64).to_le_bytes())?;
         self.file.write_all(&crc32fast::hash(&table).to_le_bytes())?;
         self.file.write_all(END)?;
-        fs::rename(&self.unfinished, &self.path)
+        fs::rename(&self.unfinished, path)
     }
 }
 

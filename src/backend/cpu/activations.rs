@@ -246,7 +246,8 @@ pub(super) fn interleave<L: Lanes>(
         4 => interleave_some::<4>(converted, words),
         3 => interleave_some::<3>(converted, words),
         2 => interleave_some::<2>(converted, words),
-        _ => interleave_some::<1>(converted, words),
+        1 => interleave_some::<1>(converted, words),
+        _ => unreachable!("no groups of {m} rows"),
     }
 }
 

@@ -194,14 +194,13 @@ impl<E: PageElement> Attention<'_, E> {
     /// `before` others.
     #[inline(always)]
     fn blocks<P: Product>(&self, task: &Task<'_>, kv_head: usize, before: usize) -> Vec<Block> {
-        let sizes: &[usize] = if P::L::WIDE { &[1, 2, 3, 4, 8] } else { &[1, 2, 3, 4, 6] };
-        let full = sizes[sizes.len() - 1];
+        let full = if P::L::WIDE { 8 } else { 6 };
         let (dim, group) = (self.heads.head_dim, self.group());
         let queries = task.rows.len() * group;
         let mut blocks = Vec::new();
         for first in (0..queries).step_by(full) {
             let count = full.min(queries - first);
-            let m = sizes.iter().copied().find(|&m| m >= count).unwrap_or(full);
+            let m = if count > 4 { full } else { count };
             let mut slots: [(&[f32], _); MOST_ROWS] = [(&[], (0, 0)); MOST_ROWS];
             for (slot, query) in (first..first + count).enumerate() {
                 let (row, head) =

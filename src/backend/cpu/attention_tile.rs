@@ -150,12 +150,13 @@ impl State {
             (true, 2) => self.update_block::<P, D, 2, 2>(block, tile, tokens),
             (true, 3) => self.update_block::<P, D, 3, 2>(block, tile, tokens),
             (true, 4) => self.update_block::<P, D, 4, 2>(block, tile, tokens),
-            (true, _) => self.update_block::<P, D, 8, 2>(block, tile, tokens),
+            (true, 8) => self.update_block::<P, D, 8, 2>(block, tile, tokens),
             (false, 1) => self.update_block::<P, D, 1, 1>(block, tile, tokens),
             (false, 2) => self.update_block::<P, D, 2, 1>(block, tile, tokens),
             (false, 3) => self.update_block::<P, D, 3, 1>(block, tile, tokens),
             (false, 4) => self.update_block::<P, D, 4, 1>(block, tile, tokens),
-            (false, _) => self.update_block::<P, D, 6, 1>(block, tile, tokens),
+            (false, 6) => self.update_block::<P, D, 6, 1>(block, tile, tokens),
+            (_, m) => unreachable!("no blocks of {m} queries"),
         }
     }
 
