@@ -99,17 +99,9 @@ class AsyncTokenStream:
     """
 
     def __init__(
-        self,
-        dispatcher: Dispatcher,
-        sink: LoopSink,
-        request: Request,
-        arguments: dict[str, Any],
-        *,
-        engine: object = None,
+        self, dispatcher: Dispatcher, sink: LoopSink, request: Request, arguments: dict[str, Any]
     ) -> None:
-        """`engine` lives as long as the stream: dropped, it would be closed."""
         self._group = AsyncRequestGroup(dispatcher, sink, [(request, arguments)])
-        self._engine = engine
 
     def __aiter__(self) -> Self:
         return self

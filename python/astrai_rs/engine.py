@@ -122,7 +122,7 @@ class Engine:
         self._codec = None if self.tokenizer is None else Codec(self.tokenizer)
         self._grammars = Grammars(self.tokenizer, eos_token_ids, self._core.vocab_size)
         self._dispatcher = Dispatcher(self._core)
-        # Runs when the engine and its streams are dropped and at interpreter exit, whichever comes first.
+        # Runs when the engine and its requests are dropped and at interpreter exit, whichever comes first.
         self._finalizer = weakref.finalize(self, self._dispatcher.close)
 
     @overload
@@ -214,7 +214,7 @@ class Engine:
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> TokenStream:
         """Pieces as they are generated. The request starts now; dropping or closing the stream aborts it."""
         request, arguments = self._request(prompt, _params(sampling_params))
-        return TokenStream(self._dispatcher, request, arguments, engine=self)
+        return TokenStream(self._dispatcher, request, arguments)
 
     def astream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> AsyncTokenStream:
         """`stream` for asyncio; call it where a loop runs. The request starts now."""
@@ -224,7 +224,7 @@ class Engine:
 
         sink = self._dispatcher.loop_sink(asyncio.get_running_loop())
         request, arguments = self._request(prompt, _params(sampling_params))
-        return AsyncTokenStream(self._dispatcher, sink, request, arguments, engine=self)
+        return AsyncTokenStream(self._dispatcher, sink, request, arguments)
 
     def astream_group(
         self, prompts: Sequence[Prompt], sampling_params: Sequence[SamplingParams]
@@ -376,7 +376,8 @@ class Engine:
                 StructuredOutputsParams.of(params.structured_outputs)
             )
         text = prompt if isinstance(prompt, str) else None
-        return Request(text, ids, params, self._codec, self._dispatcher.stop_sample), arguments
+        request = Request(text, ids, params, self._codec, self._dispatcher.stop_sample, engine=self)
+        return request, arguments
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):

@@ -37,7 +37,11 @@ class Request:
         params: SamplingParams,
         codec: Codec | None,
         stop_sample: StopSample,
+        *,
+        engine: object = None,
     ) -> None:
+        self._engine = engine
+        """Lives as long as the request: dropped, it would be closed."""
         self.id = -1
         """The core's id, once submitted."""
         self.prompt = prompt

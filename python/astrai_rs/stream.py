@@ -120,17 +120,8 @@ class TokenStream:
     request.
     """
 
-    def __init__(
-        self,
-        dispatcher: Dispatcher,
-        request: Request,
-        arguments: dict[str, Any],
-        *,
-        engine: object = None,
-    ) -> None:
-        """`engine` lives as long as the stream: dropped, it would be closed."""
+    def __init__(self, dispatcher: Dispatcher, request: Request, arguments: dict[str, Any]) -> None:
         self._group = RequestGroup(dispatcher, [(request, arguments)])
-        self._engine = engine
 
     def __iter__(self) -> Self:
         return self

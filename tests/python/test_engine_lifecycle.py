@@ -315,6 +315,12 @@ def test_a_stream_keeps_its_engine() -> None:
 
     assert asyncio.run(collect()) == want
 
+    async def collect_group() -> list[int]:
+        group = Engine(MODEL).astream_group([[1, 2, 3]], [SHORT])
+        return [id async for _, piece in group for id in piece.token_ids]
+
+    assert asyncio.run(collect_group()) == want
+
 
 def test_a_dropped_engine_is_closed(endless_folder) -> None:
     engine = Engine(endless_folder, kv_cache_tokens=ENDLESS_TOKENS)
