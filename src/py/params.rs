@@ -195,14 +195,19 @@ fn optional<T>(
     if value.is_none() { Ok(None) } else { convert(name, value).map(Some) }
 }
 
-/// An integer, Python's or one that says which of them it is; what does not fit becomes the nearest that does.
-fn integer(name: &str, value: &Bound<'_, PyAny>) -> PyResult<i64> {
-    let given = value;
-    let value = value.call_method0("__index__").ok().filter(|_| !given.is_instance_of::<PyBool>());
-    let Some(value) = value else {
-        let message = format!("{name} must be an integer; given: {}", given.repr()?);
+/// Python's integer for a value that stands for one; a bool is none.
+fn index<'py>(name: &str, value: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+    let index = value.call_method0("__index__").ok().filter(|_| !value.is_instance_of::<PyBool>());
+    let Some(index) = index else {
+        let message = format!("{name} must be an integer; given: {}", value.repr()?);
         return Err(PyTypeError::new_err(message));
     };
+    Ok(index)
+}
+
+/// An integer; what does not fit becomes the nearest that does, which the core then judges.
+fn integer(name: &str, value: &Bound<'_, PyAny>) -> PyResult<i64> {
+    let value = index(name, value)?;
     Ok(match value.extract() {
         Ok(value) => value,
         Err(_) if value.lt(0)? => i64::MIN,
@@ -212,14 +217,13 @@ fn integer(name: &str, value: &Bound<'_, PyAny>) -> PyResult<i64> {
 
 /// A positive number of things.
 fn count(name: &str, value: &Bound<'_, PyAny>) -> PyResult<usize> {
-    let refuse = |allowed| {
-        Err(PyValueError::new_err(format!("{name} must be at {allowed}; given: {value}")))
-    };
-    match usize::try_from(integer(name, value)?) {
-        Ok(count) if count > 0 && value.eq(count)? => Ok(count),
-        Ok(1..) => refuse(format!("most {}", i64::MAX)),
-        _ => refuse("least 1".into()),
+    let value = index(name, value)?;
+    if value.lt(1)? {
+        return Err(PyValueError::new_err(format!("{name} must be at least 1; given: {value}")));
     }
+    value.extract::<isize>().map(isize::unsigned_abs).map_err(|_| {
+        PyValueError::new_err(format!("{name} must be at most {}; given: {value}", isize::MAX))
+    })
 }
 
 /// 64 bits; -1 asks for a random one, as in vLLM.

@@ -304,3 +304,12 @@ def test_a_broken_chat_template_does_not_stop_the_engine(copy):
             engine.chat(USER)
     with pytest.raises(ValueError, match="the chat template failed"):
         ChatTemplate("{% for").render(USER)
+
+
+def test_integers_of_other_libraries_are_taken():
+    class Two:
+        def __index__(self):
+            return 2
+
+    with Engine(GLASS, num_threads=Two(), max_num_seqs=Two()) as engine:
+        assert engine.num_threads == 2
