@@ -220,16 +220,17 @@ impl Model {
         Self { runner, limits, reading, weight_bytes, token_bytes, macs, encoding }
     }
 
-    /// Tokens per second, and which fraction that is of what the memory, or the arithmetic, allows one sequence.
-    fn measure(&mut self, &(_, count, start, len): &Case) -> (f64, Option<f64>) {
+    /// Tokens per second; of one sequence, too, which fraction that is of what the memory, or the arithmetic, allows, and
+    /// this limit in `10^9` per second.
+    fn measure(&mut self, &(_, count, start, len): &Case) -> (f64, Option<(f64, f64)>) {
         if (count, len) == (1, 1) {
             let (rate, memory) = rate_and_memory(&mut self.runner, start, &self.reading);
             let bytes = self.weight_bytes + start * self.token_bytes;
-            return (rate, Some(rate * bytes as f64 * 1e-9 / memory));
+            return (rate, Some((rate * bytes as f64 * 1e-9 / memory, memory)));
         }
         let rate = rate(&mut self.runner, count, start, len);
         let limit = self.limits.products(self.encoding).filter(|_| len > 1);
-        (rate, limit.map(|limit| rate * self.macs * 1e-9 / limit))
+        (rate, limit.map(|limit| (rate * self.macs * 1e-9 / limit, limit)))
     }
 }
 
@@ -255,11 +256,12 @@ fn main() {
             continue;
         }
         let (rate, share) = model.measure(&case);
-        let of = if *len > 1 { "arithmetic's, in projections" } else { "memory's rate" };
-        let note = share.map_or(String::new(), |share| format!("  {share:.2} of the {of}"));
+        let unit = if *len > 1 { "GMAC/s, in projections" } else { "GB/s" };
+        let note = share.map(|(share, limit)| format!("  {share:.2} of {limit:.1} {unit}"));
+        let note = note.unwrap_or_default();
         println!("{label:32} {rate:9.1} tok/s{note}");
         rates.insert(label.clone(), rate.into());
-        shares.insert(label.clone(), share.into());
+        shares.extend(share.map(|(share, _)| (label.clone(), share.into())));
     }
     let limits = serde_json::json!({
         "memory_gb_s": model.limits.memory, "arithmetic_gmac_s": model.limits.products(model.encoding)
