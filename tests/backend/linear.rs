@@ -28,7 +28,7 @@ fn linear_matches_the_reference() {
         for backend in backends(2, dtype) {
             for encoding in ENCODINGS {
                 let dense = encoding.block_len() == 1;
-                let cols: &[usize] = if dense { &[48, 80, 7, 1] } else { &[32, 96] };
+                let cols: &[usize] = if dense { &[48, 80, 7, 1] } else { &[32, 96, 352] };
                 for (&cols, out) in cols.iter().zip([33, 128, 97, 16]) {
                     let weight = stored(&mut random, &[out, cols], encoding);
                     let plain = values(&backend.vector(&weight).unwrap());
@@ -157,8 +157,8 @@ fn a_row_of_linear_does_not_depend_on_its_batch() {
     let mut random = Random::new(4);
     for backend in backends(2, DType::Auto) {
         for encoding in ENCODINGS {
-            let packed = backend.pack(&[stored(&mut random, &[70, 96], encoding)], None).unwrap();
-            let x = tensor(&random.floats(40 * 96), &[40, 96]);
+            let packed = backend.pack(&[stored(&mut random, &[70, 352], encoding)], None).unwrap();
+            let x = tensor(&random.floats(40 * 352), &[40, 352]);
             let whole = bits(&backend.linear(&x, &packed).unwrap());
             for start in 0..40 {
                 for len in [1, 2, 5, 7, 8, 12, 17] {

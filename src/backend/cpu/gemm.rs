@@ -29,6 +29,9 @@ pub(super) enum Ahead {
 /// Largest panel that is read while the one before it is multiplied: both stay in the second-level cache.
 const SPREAD_BYTES: usize = 160 << 10;
 
+/// Blocks that half of a group's rows meets before the other half does, so that both find them in the first-level cache.
+const RUN: usize = 8;
+
 impl Ahead {
     /// What pass number `pass` of `passes` over `blocks` blocks asks for; after the last one as many `bytes` as the panel
     /// has are read from `next` on.
@@ -102,54 +105,82 @@ impl PanelTask {
         // SAFETY: the caller's contract.
         unsafe {
             match (P::L::WIDE, Self::tiles_at_once::<P, S>(m), m) {
-                (.., 1) => self.tiles::<P, S, 1, 2>(first),
-                (true, 2, 2) => self.tiles::<P, S, 2, 2>(first),
-                (true, 2, 4) => self.tiles::<P, S, 4, 2>(first),
-                (true, 2, 8) => self.tiles::<P, S, 8, 2>(first),
-                (_, _, 2) => self.tiles::<P, S, 2, 1>(first),
-                (_, _, 4) => self.tiles::<P, S, 4, 1>(first),
-                (true, _, 8) => self.tiles::<P, S, 8, 1>(first),
-                (false, _, 6) => self.tiles::<P, S, 6, 1>(first),
+                (.., 1) => self.tiles::<P, S, 1, 2, 1>(first),
+                (true, 2, 2) => self.tiles::<P, S, 2, 2, 1>(first),
+                (true, 2, 4) => self.tiles::<P, S, 4, 2, 1>(first),
+                (true, 2, 8) if S::TWO_BLOCKS => self.tiles::<P, S, 4, 2, 2>(first),
+                (true, 2, 8) => self.tiles::<P, S, 8, 2, 1>(first),
+                (_, _, 2) => self.tiles::<P, S, 2, 1, 1>(first),
+                (_, _, 4) => self.tiles::<P, S, 4, 1, 1>(first),
+                (true, _, 8) => self.tiles::<P, S, 8, 1, 1>(first),
+                (false, _, 6) => self.tiles::<P, S, 6, 1, 1>(first),
                 _ => unreachable!("no groups of {m} rows"),
             }
         }
     }
 
-    /// The tiles from `first` on.
+    /// The tiles from `first` on. A group has `H` times `M` rows, of which `M` at a time have their totals in registers.
     #[inline(always)]
-    unsafe fn tiles<P: Dot, S: Source<P>, const M: usize, const T: usize>(self, first: usize) {
-        let block_bytes = S::SCALES * PANEL * 2 + S::GROUPS * S::BYTES;
-        let mut total = [[P::L::splat(0.0); T]; M];
-        let mut x = self.x;
-        for block in 0..self.blocks {
-            self.ahead.ask(self.panel, (block, self.blocks), block_bytes);
-            // SAFETY: the panel holds `blocks` blocks, and `x` the steps of each.
-            unsafe {
-                let scales = self.panel.add(block * block_bytes);
-                let groups = scales.add(S::SCALES * PANEL * 2);
-                let sums = self.sums.wrapping_add(block * M);
-                let mut part = array_of!(r < M => if S::SCALES == 0 {
-                    array_of!(t < T => P::resume(total[r][t]))
-                } else {
-                    let sum = if S::OFFSET != 0 { *sums.add(r) } else { 0.0 };
-                    [P::start(sum, S::OFFSET); T]
-                });
-                for group in 0..S::GROUPS {
-                    let group = groups.add(group * S::BYTES);
-                    x = multiply_group::<P, S, M, T>(group, first, x, &mut part);
+    unsafe fn tiles<P: Dot, S: Source<P>, const M: usize, const T: usize, const H: usize>(
+        self,
+        first: usize,
+    ) {
+        let mut totals = [[[P::L::splat(0.0); T]; M]; H];
+        let run = if H == 1 { self.blocks } else { RUN };
+        for start in (0..self.blocks).step_by(run.max(1)) {
+            let end = self.blocks.min(start + run);
+            for (h, totals) in totals.iter_mut().enumerate() {
+                let part = self.from_row(h * M);
+                let mut total = *totals;
+                let mut block = start;
+                // SAFETY: the caller's contract.
+                unsafe {
+                    if S::TWO_BLOCKS && P::L::WIDE {
+                        while block + 2 <= end {
+                            part.add_blocks::<P, S, M, T, H, 2>(block, first, &mut total);
+                            block += 2;
+                        }
+                    }
+                    while block < end {
+                        part.add_blocks::<P, S, M, T, H, 1>(block, first, &mut total);
+                        block += 1;
+                    }
                 }
-                if S::SCALES == 0 {
-                    total = array_of!(r < M => array_of!(t < T => P::numbers(part[r][t])));
-                } else {
-                    scale_block::<P, S, M, T>(scales.cast(), first, sums, &part, &mut total);
-                }
+                *totals = total;
             }
         }
+        for (h, total) in totals.iter().enumerate() {
+            // SAFETY: the caller's contract.
+            unsafe { self.from_row(h * M).write_totals::<P, M, T>(first, total) }
+        }
+    }
+
+    /// The rows from `row` on. Only all of them ask for weights.
+    #[inline(always)]
+    fn from_row(self, row: usize) -> Self {
+        Self {
+            ahead: if row == 0 { self.ahead } else { Ahead::Spread(self.panel, 0) },
+            x: self.x.wrapping_add(row),
+            sums: self.sums.wrapping_add(row),
+            scales: self.scales.wrapping_add(row),
+            out: self.out.wrapping_add(row * self.stride),
+            rows: self.rows.saturating_sub(row),
+            ..self
+        }
+    }
+
+    /// Writes the totals of `M` rows.
+    #[inline(always)]
+    unsafe fn write_totals<P: Dot, const M: usize, const T: usize>(
+        self,
+        first: usize,
+        total: &[[P::L; T]; M],
+    ) {
         let scaled = |r: usize, total: P::L| {
             // SAFETY: there is a scale for each row.
             if P::SCALED { total.mul(P::L::splat(unsafe { *self.scales.add(r) })) } else { total }
         };
-        if self.rows == M && self.cols == PANEL {
+        if self.rows >= M && self.cols == PANEL {
             // Written out: an index that is no constant would keep the totals in memory, and store them after each block.
             macro_rules! rows {
                 ($($r:literal)*) => {$(
@@ -173,6 +204,53 @@ impl PanelTask {
         }
         // SAFETY: the caller's contract.
         unsafe { self.write::<P::L, M, T>(first, &numbers) }
+    }
+
+    /// Adds `B` blocks from number `block` on, whose sums do not wait for each other.
+    #[inline(always)]
+    unsafe fn add_blocks<
+        P: Dot,
+        S: Source<P>,
+        const M: usize,
+        const T: usize,
+        const H: usize,
+        const B: usize,
+    >(
+        self,
+        block: usize,
+        first: usize,
+        total: &mut [[P::L; T]; M],
+    ) {
+        let block_bytes = S::SCALES * PANEL * 2 + S::GROUPS * S::BYTES;
+        for b in 0..B {
+            self.ahead.ask(self.panel, (block + b, self.blocks), block_bytes);
+        }
+        // SAFETY: the panel holds `blocks` blocks, and `x` the steps of each.
+        unsafe {
+            let scales = array_of!(b < B => self.panel.add((block + b) * block_bytes));
+            let sums = array_of!(b < B => self.sums.wrapping_add((block + b) * H * M));
+            let steps = S::GROUPS * S::STEPS * H * M;
+            let x = array_of!(b < B => self.x.wrapping_add((block + b) * steps));
+            let mut part = array_of!(b < B => array_of!(r < M => if S::SCALES == 0 {
+                array_of!(t < T => P::resume(total[r][t]))
+            } else {
+                let sum = if S::OFFSET != 0 { *sums[b].add(r) } else { 0.0 };
+                [P::start(sum, S::OFFSET); T]
+            }));
+            for group in 0..S::GROUPS {
+                let at = S::SCALES * PANEL * 2 + group * S::BYTES;
+                let groups = array_of!(b < B => scales[b].add(at));
+                let x = array_of!(b < B => x[b].wrapping_add(group * S::STEPS * H * M));
+                multiply_groups::<P, S, M, T, H, B>(groups, first, x, &mut part);
+            }
+            for b in 0..B {
+                if S::SCALES == 0 {
+                    *total = array_of!(r < M => array_of!(t < T => P::numbers(part[b][r][t])));
+                } else {
+                    scale_block::<P, S, M, T>(scales[b].cast(), first, sums[b], &part[b], total);
+                }
+            }
+        }
     }
 
     /// What exists of the tiles.
@@ -225,26 +303,35 @@ impl PanelTask {
     }
 }
 
-/// Adds the products of one group to `part`; returns the activations behind it.
+/// Adds the products of a group of each of `B` blocks to `part`.
 ///
 /// # Safety
-/// `group` points to a whole group, `x` to the activations of all its steps.
+/// `groups` point to whole groups, `x` to the activations of all their steps.
 #[inline(always)]
-unsafe fn multiply_group<P: Dot, S: Source<P>, const M: usize, const T: usize>(
-    group: *const u8,
+unsafe fn multiply_groups<
+    P: Dot,
+    S: Source<P>,
+    const M: usize,
+    const T: usize,
+    const H: usize,
+    const B: usize,
+>(
+    groups: [*const u8; B],
     first: usize,
-    x: *const u32,
-    part: &mut [[P::Sum; T]; M],
-) -> *const u32 {
-    // SAFETY: the caller hands a whole group, and the activations of all its steps.
+    x: [*const u32; B],
+    part: &mut [[[P::Sum; T]; M]; B],
+) {
+    // SAFETY: the caller hands whole groups, and the activations of all their steps.
     unsafe {
-        let raw = array_of!(t < T => S::raw(group, first + t));
+        let raw = array_of!(b < B => array_of!(t < T => S::raw(groups[b], first + t)));
         if P::L::WIDE || M == 1 {
             // Written out, so that each step's shift is a constant.
             macro_rules! steps {
                 ($($step:literal)*) => {$(
                     if $step < S::STEPS {
-                        multiply_step::<P, S, M, T>(raw, $step, x, part);
+                        for b in 0..B {
+                            multiply_step::<P, S, M, T, H>(raw[b], $step, x[b], &mut part[b]);
+                        }
                     }
                 )*};
             }
@@ -253,17 +340,18 @@ unsafe fn multiply_group<P: Dot, S: Source<P>, const M: usize, const T: usize>(
             // A loop that the compiler cannot unroll: it would load for later steps in advance, and
             // with 16 registers that pushes sums out to memory, at a third of the speed.
             for step in 0..black_box(S::STEPS) {
-                multiply_step::<P, S, M, T>(raw, step, x, part);
+                for b in 0..B {
+                    multiply_step::<P, S, M, T, H>(raw[b], step, x[b], &mut part[b]);
+                }
             }
         }
     }
-    x.wrapping_add(S::STEPS * M)
 }
 
 /// # Safety
-/// As for [`multiply_group`]; `step` is below `STEPS`.
+/// As for [`multiply_groups`]; `step` is below `STEPS`.
 #[inline(always)]
-unsafe fn multiply_step<P: Dot, S: Source<P>, const M: usize, const T: usize>(
+unsafe fn multiply_step<P: Dot, S: Source<P>, const M: usize, const T: usize, const H: usize>(
     raw: [S::Raw; T],
     step: usize,
     x: *const u32,
@@ -273,7 +361,7 @@ unsafe fn multiply_step<P: Dot, S: Source<P>, const M: usize, const T: usize>(
     unsafe {
         let weights = array_of!(t < T => S::weights(raw[t], step));
         for (r, part) in part.iter_mut().enumerate() {
-            let x = P::broadcast(x.add(step * M + r));
+            let x = P::broadcast(x.add(step * H * M + r));
             for (part, &weights) in part.iter_mut().zip(&weights) {
                 *part = P::multiply(weights, x, *part);
             }

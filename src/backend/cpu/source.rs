@@ -35,6 +35,9 @@ pub(super) trait Source<P: Dot> {
     /// Whether several rows meet both tiles at once on a wide machine. Sums and totals of eight then take more
     /// registers than there are, but an activation is read once.
     const BOTH_TILES: bool = true;
+    /// Whether a wide machine computes two blocks at once, of four rows at most: 16 sums, which all products that are under
+    /// way at any time need, and 8 totals.
+    const TWO_BLOCKS: bool = false;
 
     /// # Safety
     /// `group` points to a whole group; `tile` is 0 or 1.
@@ -197,7 +200,8 @@ impl<P: Dot, const SCALES: usize> Source<P> for Unpacked<SCALES> {
     const GROUPS: usize = if SCALES == 0 { 1 } else { 4 };
     const STEPS: usize = 8 / P::STEP;
     const BYTES: usize = 8 / P::STEP * 2 * WEIGHTS_BYTES;
-    const BOTH_TILES: bool = false;
+    const BOTH_TILES: bool = SCALES > 0;
+    const TWO_BLOCKS: bool = SCALES > 0;
 
     #[inline(always)]
     unsafe fn raw(group: *const u8, tile: usize) -> *const u8 {
