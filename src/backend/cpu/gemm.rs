@@ -30,7 +30,7 @@ pub(super) enum Ahead {
 const SPREAD_BYTES: usize = 160 << 10;
 
 /// Blocks that half of a group's rows meets before the other half does, so that both find them in the first-level cache.
-const RUN: usize = 8;
+const RUN: usize = 4;
 
 impl Ahead {
     /// What pass number `pass` of `passes` over `blocks` blocks asks for; after the last one as many `bytes` as the panel
@@ -85,7 +85,7 @@ pub(super) struct PanelTask {
     pub(super) gated: bool,
     /// Distance of two output rows.
     pub(super) stride: usize,
-    /// Output rows and columns that exist, at most `M` and 32.
+    /// Output rows and columns that exist, at most the group's slots and 32.
     pub(super) rows: usize,
     pub(super) cols: usize,
 }
@@ -125,24 +125,30 @@ impl PanelTask {
         self,
         first: usize,
     ) {
+        const {
+            assert!(
+                !S::TWO_BLOCKS || S::SCALES > 0,
+                "sums without scales go on from block to block"
+            );
+        };
         let mut totals = [[[P::L::splat(0.0); T]; M]; H];
         let run = if H == 1 { self.blocks } else { RUN };
         for start in (0..self.blocks).step_by(run.max(1)) {
             let end = self.blocks.min(start + run);
             for (h, totals) in totals.iter_mut().enumerate() {
-                let part = self.from_row(h * M);
+                let half = self.rows_from(h * M);
                 let mut total = *totals;
                 let mut block = start;
                 // SAFETY: the caller's contract.
                 unsafe {
                     if S::TWO_BLOCKS && P::L::WIDE {
                         while block + 2 <= end {
-                            part.add_blocks::<P, S, M, T, H, 2>(block, first, &mut total);
+                            half.add_blocks::<P, S, M, T, H, 2>(block, first, &mut total);
                             block += 2;
                         }
                     }
                     while block < end {
-                        part.add_blocks::<P, S, M, T, H, 1>(block, first, &mut total);
+                        half.add_blocks::<P, S, M, T, H, 1>(block, first, &mut total);
                         block += 1;
                     }
                 }
@@ -151,13 +157,13 @@ impl PanelTask {
         }
         for (h, total) in totals.iter().enumerate() {
             // SAFETY: the caller's contract.
-            unsafe { self.from_row(h * M).write_totals::<P, M, T>(first, total) }
+            unsafe { self.rows_from(h * M).write_totals::<P, M, T>(first, total) }
         }
     }
 
-    /// The rows from `row` on. Only all of them ask for weights.
+    /// The rows from `row` on. Only the first rows ask for weights.
     #[inline(always)]
-    fn from_row(self, row: usize) -> Self {
+    fn rows_from(self, row: usize) -> Self {
         Self {
             ahead: if row == 0 { self.ahead } else { Ahead::Spread(self.panel, 0) },
             x: self.x.wrapping_add(row),
@@ -207,6 +213,9 @@ impl PanelTask {
     }
 
     /// Adds `B` blocks from number `block` on, whose sums do not wait for each other.
+    ///
+    /// # Safety
+    /// The blocks exist; for the rest as for [`Self::run`].
     #[inline(always)]
     unsafe fn add_blocks<
         P: Dot,
@@ -227,7 +236,7 @@ impl PanelTask {
         }
         // SAFETY: the panel holds `blocks` blocks, and `x` the steps of each.
         unsafe {
-            let scales = array_of!(b < B => self.panel.add((block + b) * block_bytes));
+            let starts = array_of!(b < B => self.panel.add((block + b) * block_bytes));
             let sums = array_of!(b < B => self.sums.wrapping_add((block + b) * H * M));
             let steps = S::GROUPS * S::STEPS * H * M;
             let x = array_of!(b < B => self.x.wrapping_add((block + b) * steps));
@@ -239,7 +248,7 @@ impl PanelTask {
             }));
             for group in 0..S::GROUPS {
                 let at = S::SCALES * PANEL * 2 + group * S::BYTES;
-                let groups = array_of!(b < B => scales[b].add(at));
+                let groups = array_of!(b < B => starts[b].add(at));
                 let x = array_of!(b < B => x[b].wrapping_add(group * S::STEPS * H * M));
                 multiply_groups::<P, S, M, T, H, B>(groups, first, x, &mut part);
             }
@@ -247,7 +256,7 @@ impl PanelTask {
                 if S::SCALES == 0 {
                     *total = array_of!(r < M => array_of!(t < T => P::numbers(part[b][r][t])));
                 } else {
-                    scale_block::<P, S, M, T>(scales[b].cast(), first, sums[b], &part[b], total);
+                    scale_block::<P, S, M, T>(starts[b].cast(), first, sums[b], &part[b], total);
                 }
             }
         }

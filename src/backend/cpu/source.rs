@@ -33,9 +33,9 @@ pub(super) trait Source<P: Dot> {
     /// What the numbers are stored plus, where [`Dot::start`] takes it away.
     const OFFSET: i32 = 0;
     /// Whether several rows meet both tiles at once on a wide machine. Sums and totals of eight then take more
-    /// registers than there are, but an activation is read once.
+    /// registers than there are (not with [`Self::TWO_BLOCKS`]), but an activation is read once.
     const BOTH_TILES: bool = true;
-    /// Whether a wide machine computes two blocks at once, of four rows at most: 16 sums, which all products that are under
+    /// Whether a wide machine computes two blocks, which have scales, at once, of four rows at most: 16 sums, which all products that are under
     /// way at any time need, and 8 totals.
     const TWO_BLOCKS: bool = false;
 
