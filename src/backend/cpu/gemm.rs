@@ -176,6 +176,9 @@ impl PanelTask {
     }
 
     /// Writes the totals of `M` rows.
+    ///
+    /// # Safety
+    /// As for [`Self::write`]; there is a scale for each row where they are [`Dot::SCALED`].
     #[inline(always)]
     unsafe fn write_totals<P: Dot, const M: usize, const T: usize>(
         self,

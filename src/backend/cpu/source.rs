@@ -35,8 +35,8 @@ pub(super) trait Source<P: Dot> {
     /// Whether several rows meet both tiles at once on a wide machine. Sums and totals of eight then take more
     /// registers than there are (not with [`Self::TWO_BLOCKS`]), but an activation is read once.
     const BOTH_TILES: bool = true;
-    /// Whether a wide machine computes two blocks, which have scales, at once, of four rows at most: 16 sums, which all products that are under
-    /// way at any time need, and 8 totals.
+    /// Whether a wide machine computes two blocks at once, of four rows at most: 16 sums, as many as products are under way
+    /// at any time, and 8 totals. Blocks have scales then, since sums without them go on from block to block.
     const TWO_BLOCKS: bool = false;
 
     /// # Safety
